@@ -1,0 +1,56 @@
+# Loraport. `make train serve` does everything on a fresh machine; `make help` lists the rest.
+#   MODEL=<folder or hub id> DATA=<rows.jsonl> NAME=<adapter> PRESET=<preset> PORT=<port> ARGS="<further flags>"
+#   PYTHON=python3.11 DEVICE=cpu|cuda choose the environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+LORAPORT := $(VENV)/bin/loraport
+IN := $(VENV)/bin/python -m
+
+# The demo, unless MODEL or DATA say otherwise.
+CONFIG ?= $(if $(MODEL)$(DATA),,examples/demo/train.yaml)
+NAME ?= demo
+PORT ?= 8000
+
+.PHONY: help setup train serve eval chat bench test lint lock links clean
+.NOTPARALLEL:
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup:  ## make .venv for this machine (CPU or CUDA, uv or pip); nothing to do the second time
+	@$(PYTHON) requirements/install.py $(VENV)
+
+train: setup  ## train the adapter NAME; nothing to do while data, configuration and base are unchanged
+	@$(LORAPORT) train --name $(NAME) $(if $(CONFIG),--config $(CONFIG)) $(if $(MODEL),--model $(MODEL)) \
+	  $(if $(DATA),--data $(DATA)) $(if $(PRESET),--preset $(PRESET)) $(ARGS)
+
+serve: setup  ## answer with base and adapter NAME on one OpenAI-compatible URL, until Ctrl-C
+	@$(LORAPORT) serve $(NAME) --port $(PORT) $(if $(filter train,$(MAKECMDGOALS)),,$(ARGS))
+
+eval: setup  ## success and stop rate of base and adapter on the demo's held-out rows, against a running `make serve`
+	@$(LORAPORT) eval --base-url http://127.0.0.1:$(PORT)/v1 --data examples/demo/heldout.jsonl --model base --model $(NAME)
+
+test: setup links  ## unit tests, fake-engine tests and the integration tests on the real vLLM
+	@$(PYTHON) requirements/install.py $(VENV) --test
+	@$(IN) pytest $(ARGS)
+
+lint: setup links  ## ruff and mypy
+	@$(PYTHON) requirements/install.py $(VENV) --test
+	@$(IN) ruff check . && $(IN) ruff format --check . && $(IN) mypy
+
+links:  ## a link tree that maps loraport.* to the rooms, for mypy and for use without an install (PYTHONPATH=.links:.)
+	@mkdir -p .links/loraport
+	@for room in bench clients serve train; do ln -sfn ../../$$room .links/loraport/$$room; done
+
+UV_COMPILE = uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --python-platform x86_64-manylinux_2_28
+NO_CPU_BUILD := triton torchvision torchaudio torchcodec
+NOT_NEEDED := fastapi-cloud-cli sentry-sdk rignore fastar detect-installer agent-detector
+lock:  ## make requirements/*.txt anew (needs uv, and torch's CPU build where uv looks: UV_FIND_LINKS)
+	cd requirements && $(UV_COMPILE) --no-emit-index-url $(foreach p,$(NO_CPU_BUILD) $(NOT_NEEDED),--no-emit-package $(p)) \
+	  cpu.in base.in -o cpu.txt
+	cd requirements && $(UV_COMPILE) $(foreach p,$(NOT_NEEDED),--no-emit-package $(p)) cuda.in base.in -o cuda.txt
+	cd requirements && $(UV_COMPILE) -c cpu.txt test.in -o test.txt
+
+clean:  ## remove the environment and what was built
+	rm -rf $(VENV) .venv-* .links build dist *.egg-info

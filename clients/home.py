@@ -1,0 +1,80 @@
+"""Where Loraport keeps things: `LORAPORT_HOME`, by default ~/.loraport, readable by its owner alone.
+
+    adapters/<name>/<version>/   immutable adapter folders; a new training is a new version
+    cache/                       the engine's compile cache and the like (it can execute code: private)
+    logs/                        one log per engine start
+    run/<port>.json              the endpoint that `loraport serve` holds open now
+
+    >>> Home.default().adapters
+    PosixPath('/home/me/.loraport/adapters')
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraport.clients.errors import ResourceError, os_errors
+
+
+@dataclass(frozen=True)
+class Home:
+    """The folder that holds adapters, caches, logs and the record of running endpoints."""
+
+    root: Path
+
+    @classmethod
+    def default(cls) -> "Home":
+        """`LORAPORT_HOME` where it is set, else ~/.loraport."""
+        return cls(Path(os.environ.get("LORAPORT_HOME") or Path.home() / ".loraport").expanduser().absolute())
+
+    @property
+    def adapters(self) -> Path:
+        """Adapter folders, by name and version."""
+        return self.root / "adapters"
+
+    @property
+    def cache(self) -> Path:
+        """Caches that survive restarts."""
+        return self.root / "cache"
+
+    @property
+    def logs(self) -> Path:
+        """Logs of engine starts."""
+        return self.root / "logs"
+
+    @property
+    def run(self) -> Path:
+        """Records of endpoints that are open now."""
+        return self.root / "run"
+
+    def ensure(self, folder: Path) -> Path:
+        """Make `folder` inside home with mode 0700 and return it."""
+        with os_errors("making", folder):
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write `document` to `path` so that a reader sees the old text or the new, never half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with os_errors("writing", path):
+        try:
+            partial.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def require_disk(path: Path, needed_bytes: int, purpose: str) -> None:
+    """Refuse when the file system that will hold `path` has less than `needed_bytes` free."""
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise ResourceError(
+            f"{purpose} needs {needed_bytes / 2**20:,.0f} MiB on disk, {existing} has {free / 2**20:,.0f} MiB free.",
+            "free some space, or set LORAPORT_HOME to a folder on another disk",
+        )

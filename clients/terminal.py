@@ -1,0 +1,39 @@
+"""What people see: text for them on standard error, results on standard output, and errors in one form.
+
+`console` writes to standard error, so that `--json` leaves exactly one document on standard output.
+"""
+
+import json
+import sys
+import traceback
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.text import Text
+
+from loraport.clients.errors import LoraportError
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(message: str, style: str = "") -> None:
+    """Print a line for people. No markup: file names and replies may hold brackets."""
+    console.print(Text(message, style=style))
+
+
+def print_json(document: Any) -> None:
+    """Print the one JSON document of a command that was given `--json`."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def exit_with(error: LoraportError, debug: bool) -> NoReturn:
+    """Show an error as evidence, sentence and hint, and end with its exit code."""
+    if debug:
+        traceback.print_exception(error)
+    for line in error.details:
+        say(f"  | {line}", "dim")
+    say(f"error: {error.message}", "bold red")
+    if error.hint:
+        say(f"hint: {error.hint}")
+    sys.exit(error.exit_code)

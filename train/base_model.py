@@ -1,0 +1,232 @@
+"""A base model: a folder, or a name on a model hub, made into a local folder that is known to be complete.
+
+Training and serving both come through here, so that both refuse the same things with the same words, and both know
+a base by the same hashes. No torch here.
+
+    >>> base = resolve("examples/reader-9m")
+    >>> identify(base).config_sha256[:8]
+    '1f0c…'
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraport.clients.errors import BaseModelError, ResourceError, os_errors
+from loraport.clients.home import require_disk
+from loraport.train.manifest import BaseIdentity
+
+# safetensors only: other weight formats can execute code when they are read.
+WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+UNWANTED = ("original/*", "onnx/*", "openvino/*", "consolidated*.safetensors", "*.gguf", "metal/*")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt")
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+SAMPLES = 16
+SAMPLE_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Base:
+    """A complete base model on this disk. `model` is what the user called it, `revision` the hub's commit if any."""
+
+    model: str
+    folder: Path
+    revision: str | None = None
+
+    @property
+    def short_name(self) -> str:
+        """The last part of the name: `Qwen3-8B` of `Qwen/Qwen3-8B` or of a folder."""
+        return Path(self.model).expanduser().absolute().name if Path(self.model).exists() else Path(self.model).name
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+        return read_json(self.folder / "config.json")
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, by name."""
+        return sorted(self.folder.glob("*.safetensors"))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of all weights on disk."""
+        return sum(path.stat().st_size for path in self.weight_files)
+
+
+def resolve(model: str, revision: str | None = None) -> Base:
+    """The base that `model`, a folder or a hub id, names; downloaded with progress where it has to be.
+
+    Raises BaseModelError when it is missing, gated, incomplete or not in safetensors; ResourceError without disk.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return check_complete(Base(model, folder.absolute()))
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise BaseModelError(f"there is no model folder {model}.", "check the path, or give a hub id such as org/name")
+    return check_complete(download(model, revision))
+
+
+def check_complete(base: Base) -> Base:
+    """Return `base` if configuration, tokenizer and all safetensors files are there; BaseModelError otherwise."""
+    if not (base.folder / "config.json").is_file():
+        raise BaseModelError(
+            f"{base.folder} has no config.json.", "a model folder holds config.json, a tokenizer and *.safetensors"
+        )
+    if not base.config.get("model_type"):
+        raise BaseModelError(f"{base.folder / 'config.json'} names no model_type.", "is this a model's folder?")
+    if not any((base.folder / name).is_file() for name in TOKENIZER_FILES):
+        raise BaseModelError(f"{base.folder} has no tokenizer.", "copy tokenizer.json and tokenizer_config.json there")
+    if not base.weight_files:
+        raise BaseModelError(
+            f"{base.folder} has no *.safetensors.",
+            "Loraport reads safetensors only (other formats can run code): convert the weights first",
+        )
+    index = base.folder / "model.safetensors.index.json"
+    named = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else set()
+    missing = sorted(name for name in named if not (base.folder / name).is_file())
+    if missing:
+        raise BaseModelError(
+            f"{base.folder} lacks {len(missing)} of its {len(named)} weight files, first {missing[0]}.",
+            "copy or download them again",
+        )
+    return base
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model's folder; BaseModelError when it is damaged."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise BaseModelError(f"{path} cannot be read: {error}.", "copy or download the model again") from error
+    if not isinstance(document, dict):
+        raise BaseModelError(f"{path} is not a JSON object.", "copy or download the model again")
+    return document
+
+
+def download(model: str, revision: str | None) -> Base:
+    """Fetch a hub's model into its shared cache, or take it from there; progress on standard error."""
+    import httpx
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import errors as hub
+
+    where = f"on {constants.ENDPOINT}"
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            require_disk_for(HfApi().model_info(model, revision=revision, files_metadata=True))
+    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError) as error:
+        raise explain_missing(model, revision, where, error) from error
+    except (hub.HfHubHTTPError, httpx.HTTPError, OSError):
+        pass  # no network: the cache may have it
+    try:
+        folder = snapshot_download(model, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError) as error:
+        raise explain_missing(model, revision, where, error) from error
+    except hub.LocalEntryNotFoundError as error:
+        state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
+        raise BaseModelError(
+            f"the model {model} is not in the cache {constants.HF_HUB_CACHE}, and {state}.",
+            "go online once, or give the path of a model folder",
+        ) from error
+    except (hub.HfHubHTTPError, httpx.HTTPError) as error:
+        raise BaseModelError(f"downloading {model} failed: {error}.", "try again; what has arrived is kept") from error
+    except OSError as error:
+        with os_errors("downloading", Path(constants.HF_HUB_CACHE)):
+            raise error
+    return Base(model, Path(folder), Path(folder).name)
+
+
+def require_disk_for(info: Any) -> None:
+    """Refuse a download that the hub cache's disk cannot hold. `info`: the hub's ModelInfo with file sizes."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import filter_repo_objects
+
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    wanted = filter_repo_objects(sizes, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED))
+    cache = Path(constants.HF_HUB_CACHE)
+    have = cache / f"models--{info.id.replace('/', '--')}" / "snapshots" / (info.sha or "")
+    missing = sum(sizes[name] for name in wanted if not (have / name).exists())
+    try:
+        require_disk(cache, missing, f"the model {info.id}")
+    except ResourceError as error:
+        raise ResourceError(error.message, "free some space, or set HF_HOME to a folder on another disk") from error
+
+
+def explain_missing(model: str, revision: str | None, where: str, error: Exception) -> BaseModelError:
+    """A hub's refusal in words: gated, unknown revision, or unknown (which is also what a private model looks like)."""
+    from huggingface_hub import errors as hub
+
+    if isinstance(error, hub.GatedRepoError):
+        return BaseModelError(
+            f"the model {model} {where} is gated: its licence must be accepted first.",
+            "accept it on the model's page, then run `hf auth login` or set HF_TOKEN",
+        )
+    if isinstance(error, hub.RevisionNotFoundError):
+        return BaseModelError(f"the model {model} {where} has no revision {revision}.", "check its branches and tags")
+    return BaseModelError(
+        f"there is no folder and no model {model} {where}.",
+        "check the spelling; for a private model run `hf auth login` or set HF_TOKEN",
+    )
+
+
+def identify(base: Base) -> BaseIdentity:
+    """Hashes by which an adapter knows its base again, whatever folder it lies in then."""
+    return BaseIdentity(
+        model=base.model,
+        revision=base.revision,
+        path=str(base.folder),
+        config_sha256=hash_json(base.config),
+        tokenizer_sha256=hash_files(base.folder, TOKENIZER_FILES[:1] if has_fast(base) else TOKENIZER_FILES),
+        chat_template_sha256=hashlib.sha256(chat_template(base).encode()).hexdigest(),
+        weights_sha256=hash_weights(base.weight_files),
+    )
+
+
+def has_fast(base: Base) -> bool:
+    """Whether tokenizer.json is there, which then alone decides about the tokens."""
+    return (base.folder / "tokenizer.json").is_file()
+
+
+def chat_template(base: Base) -> str:
+    """The chat template as text: its own file, or inside tokenizer_config.json; empty where there is none."""
+    for name in TEMPLATE_FILES:
+        path = base.folder / name
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            return text if path.suffix == ".jinja" else str(json.loads(text).get("chat_template", ""))
+    path = base.folder / "tokenizer_config.json"
+    template = read_json(path).get("chat_template") if path.is_file() else None
+    return template if isinstance(template, str) else json.dumps(template) if template else ""
+
+
+def hash_json(document: dict[str, Any]) -> str:
+    """SHA-256 of a JSON object, whatever its layout; without the version of the library that last saved it."""
+    plain = {key: value for key, value in document.items() if key not in ("transformers_version", "_name_or_path")}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def hash_files(folder: Path, names: tuple[str, ...]) -> str:
+    """SHA-256 over names and bytes of those of `names` that exist in `folder`."""
+    digest = hashlib.sha256()
+    for path in (folder / name for name in names):
+        if path.is_file():
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def hash_weights(files: list[Path]) -> str:
+    """SHA-256 of sizes and of 16 evenly spaced samples of 64 KiB a file, header and end among them.
+
+    Not of every byte: 65 GB of weights would take minutes, and any retraining changes every sample.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\0".encode())
+        with path.open("rb") as handle:
+            for step in range(SAMPLES):
+                handle.seek(max(0, size - SAMPLE_BYTES) * step // (SAMPLES - 1))
+                digest.update(handle.read(SAMPLE_BYTES))
+    return digest.hexdigest()

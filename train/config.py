@@ -1,0 +1,144 @@
+"""The run configuration: one typed object for everything a training run depends on.
+
+It comes from a YAML file with flags on top; unknown keys are refused; the resolved form is stored in the adapter's
+manifest. Paths in a file are relative to that file.
+
+    model: ../reader-9m
+    data: train.jsonl
+    preset: all_linear_r16
+    epochs: 3
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from loraport.clients.errors import ConfigError, os_errors
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+# name: (rank, alpha, target modules). The first four are those of a well-known tutorial series, by its names.
+PRESETS: dict[str, tuple[int, int, tuple[str, ...]]] = {
+    "minimal_r4_qv": (4, 8, ("q_proj", "v_proj")),
+    "standard_r8_qkvo": (8, 16, ATTENTION),
+    "aggressive_r16_all": (16, 32, ALL_LINEAR),
+    "high_capacity_r32_all": (32, 64, ALL_LINEAR),
+}
+DEFAULT_PRESET = "aggressive_r16_all"
+
+
+class RunConfig(BaseModel):
+    """Everything a training run depends on. Field descriptions are the help text of the flags."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(description="Base model: a folder, or an id on the model hub.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a model on the hub.")
+    data: Path = Field(description="Rows to train on: JSONL, one object with `messages` a line.")
+    eval_data: Path | None = Field(None, description="Rows to evaluate on; default: a part of the training rows.")
+    eval_fraction: float = Field(0.05, gt=0, lt=0.5, description="That part, where eval_data is not given.")
+    name: str = Field("adapter", description="Name of the adapter; a new training is a new version of it.")
+
+    preset: str = Field(DEFAULT_PRESET, description="Rank, alpha and target modules by name.")
+    rank: int = Field(0, ge=0, le=512, description="Rank of the adapter; 0: the preset's.")
+    alpha: int = Field(0, ge=0, description="Scale of the adapter, applied as alpha / rank; 0: the preset's.")
+    dropout: float = Field(0.05, ge=0, lt=1, description="Dropout before A; 0.1 is already high.")
+    target_modules: tuple[str, ...] = Field((), description="Linear layers that get an adapter; empty: the preset's.")
+
+    dtype: Literal["auto", "float32", "bfloat16", "nf4"] = Field(
+        "auto", description="How the base is held: auto is bfloat16 on a GPU and float32 on a CPU; nf4 needs a GPU."
+    )
+    sequence_length: int = Field(2048, ge=16, description="Longest row in tokens; longer rows are refused.")
+    batch_size: int = Field(16, ge=1, description="Rows for each step of the optimiser.")
+    micro_batch_tokens: int = Field(4096, ge=16, description="Padded tokens on the device at once; bounds memory.")
+    epochs: float = Field(3, gt=0, description="Passes over the rows.")
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which it rises from 0.")
+    weight_decay: float = Field(0.0, ge=0, description="Decay of AdamW.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    seed: int = Field(0, description="Of initialisation, order and dropout.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_from_preset(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Rank, alpha and targets that are not given come from the preset."""
+        preset = values.get("preset", DEFAULT_PRESET)
+        if preset not in PRESETS:
+            raise ValueError(f"preset {preset!r} is not known; there are {', '.join(PRESETS)}")
+        rank, alpha, targets = PRESETS[preset]
+        filled = dict(values)
+        filled["rank"] = values.get("rank") or rank
+        filled["alpha"] = values.get("alpha") or alpha * filled["rank"] // rank
+        filled["target_modules"] = tuple(values.get("target_modules") or targets)
+        return filled
+
+    @property
+    def max_lora_rank(self) -> int:
+        """The smallest --max-lora-rank that vLLM accepts and that holds this rank."""
+        return next(allowed for allowed in VLLM_RANKS if allowed >= self.rank)
+
+    def fingerprint(self, data_sha256: str, base_hashes: dict[str, str]) -> str:
+        """Hash of all that decides the result: settings, data and base; not where they lie."""
+        settings = self.model_dump(mode="json", exclude={"model", "revision", "data", "eval_data"})
+        text = json.dumps([settings, data_sha256, base_hashes], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's --max-lora-rank choices, 0.25 to 0.32
+
+
+def load_config(path: Path | None, flags: dict[str, Any]) -> RunConfig:
+    """The run configuration from a YAML file, if any, with `flags` (None: not given) on top.
+
+    Raises ConfigError that names file and key.
+    """
+    values = read_yaml(path) if path else {}
+    values |= {key: value for key, value in flags.items() if value is not None}
+    missing = [key for key in ("model", "data") if key not in values]
+    if missing:
+        raise ConfigError(
+            f"{' and '.join(missing)} must be given.", f"add --{missing[0]}, or a file with --config run.yaml"
+        )
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise explain_invalid(error, str(path) if path else "the flags") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, its relative paths made absolute."""
+    try:
+        with os_errors("reading", path):
+            if not path.is_file():
+                raise ConfigError(f"there is no configuration file {path}.", "check the path after --config")
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.", "check the indentation") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values.", "see examples/demo/train.yaml")
+    for key in ("data", "eval_data", "model"):
+        value = values.get(key)
+        if isinstance(value, str) and (key != "model" or value.startswith(".")):
+            values[key] = str((path.parent / value).resolve())
+    return values
+
+
+def explain_invalid(error: ValidationError, where: str) -> ConfigError:
+    """The first thing wrong with a configuration, in one sentence, with the good values as the hint."""
+    from difflib import get_close_matches
+
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = get_close_matches(key, RunConfig.model_fields, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(RunConfig.model_fields)}"
+        return ConfigError(f"unknown key {key!r} in {where}.", hint)
+    problem = first["msg"].removeprefix("Value error, ")
+    value = f" (it is {first['input']!r})" if key else ""
+    sentence = f"{key} in {where} is wrong: {problem}{value}." if key else f"{problem}."
+    field = RunConfig.model_fields.get(key)
+    return ConfigError(sentence, f"{key}: {field.description}" if field and field.description else "")
