@@ -1,0 +1,131 @@
+"""The endpoint that commands talk to: which one, under which key, and the `openai` client for it.
+
+`loraport serve` leaves a record of the endpoint it holds open; `chat`, `env`, `aider` and `eval` find it there, unless
+--base-url or the variables that every OpenAI client reads say otherwise.
+
+    >>> find_base_url(None, Home.default())
+    'http://127.0.0.1:8000/v1'
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from json import JSONDecodeError, loads
+from pathlib import Path
+
+import psutil
+
+from loraport.clients.errors import EndpointError
+from loraport.clients.home import Home, write_json
+
+BASE_URL_VARIABLES = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
+# A server on loopback asks for no key, but the clients insist on sending one.
+PLACEHOLDER_KEY = "loraport"
+
+
+@dataclass(frozen=True)
+class EndpointRecord:
+    """What `loraport serve` says of the endpoint it holds open, in run/<port>.json.
+
+    `process` and `engine` are (process id, creation time in seconds since the epoch), which together name a process
+    even after its id was used again. `engine` is the guard that ends all of the engine when `process` is gone.
+    """
+
+    base_url: str
+    port: int
+    models: list[str]
+    adapters: list[str]
+    max_model_len: int | None
+    process: tuple[int, float]
+    engine: tuple[int, float] | None
+
+    @property
+    def default_model(self) -> str:
+        """The first adapter, or the base where there is none."""
+        return (self.adapters or self.models)[0]
+
+    def path(self, home: Home) -> Path:
+        """Where the record lies."""
+        return home.run / f"{self.port}.json"
+
+    def write(self, home: Home) -> None:
+        """Leave the record for the other commands."""
+        home.ensure(home.run)
+        write_json(self.path(home), asdict(self))
+
+
+def process_identity(pid: int) -> tuple[int, float]:
+    """(process id, creation time) of a living process."""
+    return pid, psutil.Process(pid).create_time()
+
+
+def is_alive(identity: tuple[int, float] | None) -> bool:
+    """Whether that very process still runs; a zombie does not."""
+    if identity is None:
+        return False
+    try:
+        process = psutil.Process(identity[0])
+        return abs(process.create_time() - identity[1]) < 0.1 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def read_records(home: Home) -> list[EndpointRecord]:
+    """All records, newest first, those of processes that are gone among them."""
+    found = []
+    for path in home.run.glob("*.json") if home.run.is_dir() else ():
+        with contextlib.suppress(OSError, JSONDecodeError, TypeError, KeyError):
+            fields = loads(path.read_text(encoding="utf-8"))
+            for key in ("process", "engine"):
+                fields[key] = tuple(fields[key]) if fields[key] else None
+            found.append((path.stat().st_mtime, EndpointRecord(**fields)))
+    return [record for _, record in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+
+def find_record(base_url: str, home: Home) -> EndpointRecord | None:
+    """The record of the living endpoint of ours at `base_url`, if it is one."""
+    return next((r for r in read_records(home) if r.base_url == base_url and is_alive(r.process)), None)
+
+
+def find_base_url(given: str | None, home: Home) -> str:
+    """The URL to talk to: as given, from the environment, or of the endpoint that serves on this machine.
+
+    Raises EndpointError when there is none.
+    """
+    from_environment = next((os.environ[name] for name in BASE_URL_VARIABLES if os.environ.get(name)), None)
+    if given or from_environment:
+        return (given or from_environment or "").rstrip("/")
+    record = next((record for record in read_records(home) if is_alive(record.process)), None)
+    if record is None:
+        raise EndpointError(
+            "no endpoint of Loraport runs on this machine.", "start one: loraport serve NAME; or give --base-url"
+        )
+    return record.base_url
+
+
+def api_key() -> str:
+    """OPENAI_API_KEY, or a placeholder where it is not set."""
+    return os.environ.get("OPENAI_API_KEY") or PLACEHOLDER_KEY
+
+
+@contextlib.contextmanager
+def endpoint_errors(base_url: str) -> Iterator[None]:
+    """Turn every error of the `openai` client and of httpx into an EndpointError in words."""
+    import httpx
+    import openai
+
+    try:
+        yield
+    except (openai.APITimeoutError, httpx.TimeoutException) as error:
+        raise EndpointError(f"{base_url} did not answer in time.", "is the server overloaded or starting?") from error
+    except (openai.APIConnectionError, httpx.TransportError) as error:
+        raise EndpointError(f"nothing answers at {base_url}.", "start it: loraport serve NAME") from error
+    except openai.AuthenticationError as error:
+        raise EndpointError(f"{base_url} refuses the API key.", "set OPENAI_API_KEY to the server's key") from error
+    except openai.NotFoundError as error:
+        raise EndpointError(f"{base_url} says: {error.message}.", "`loraport env` lists the models it has") from error
+    except openai.APIStatusError as error:
+        raise EndpointError(f"{base_url} answered {error.status_code}: {error.message}.", "") from error
+    except (openai.OpenAIError, httpx.HTTPError, httpx.InvalidURL) as error:
+        raise EndpointError(f"{base_url} cannot be used: {error}.", "check the URL; it ends in /v1") from error
