@@ -12,14 +12,17 @@ import typer
 
 # command -> (module, first line of its help). A module's function has the command's name with _ for -.
 COMMANDS = {
-    "train": ("loraport.train.cli", "Train a LoRA adapter on rows, prove it, and store it as a new version."),
+    "train": ("loraport.train.cli", "Train a LoRA adapter on rows and prove it."),
     "serve": ("loraport.serve.cli", "Answer with a base model and its adapters on one OpenAI-compatible URL."),
-    "eval": ("loraport.bench.cli", "Success and stop rate of models on held-out rows, through any endpoint."),
+    "eval": ("loraport.bench.cli", "Measure success and stop rate of models on held-out rows."),
     "adapters": ("loraport.train.cli", "List the adapters on this machine, or show one."),
     "chat": ("loraport.clients.cli", "Chat with a model of an endpoint in the terminal."),
-    "env": ("loraport.clients.cli", "Print the variables that point OpenAI clients at the endpoint."),
-    "aider": ("loraport.clients.cli", "Start Aider against the endpoint, with its context size and model name."),
+    "env": ("loraport.clients.cli", "Print variables that point OpenAI clients at the endpoint."),
+    "aider": ("loraport.clients.cli", "Start Aider against the endpoint, told its context size."),
 }
+
+# Commands that hand on the flags they do not know, to the program that they start.
+HANDS_ON = {"aider": {"allow_extra_args": True, "ignore_unknown_options": True}}
 
 
 def command_of(arguments: list[str]) -> str | None:
@@ -43,7 +46,7 @@ def build_app(called: str | None) -> typer.Typer:
         if isinstance(target, typer.Typer):
             app.add_typer(target, name=name, help=line)
         else:
-            app.command(name, help=None if name == called else line)(target)
+            app.command(name, help=None if name == called else line, context_settings=HANDS_ON.get(name))(target)
     return app
 
 

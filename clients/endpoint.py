@@ -16,12 +16,13 @@ from pathlib import Path
 
 import psutil
 
-from loraport.clients.errors import EndpointError
+from loraport.clients.errors import EndpointError, http_errors
 from loraport.clients.home import Home, write_json
 
 BASE_URL_VARIABLES = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
 # A server on loopback asks for no key, but the clients insist on sending one.
 PLACEHOLDER_KEY = "loraport"
+LONGEST_QUOTE = 400  # characters of a server's words that an error repeats
 
 
 @dataclass(frozen=True)
@@ -112,20 +113,53 @@ def api_key() -> str:
 @contextlib.contextmanager
 def endpoint_errors(base_url: str) -> Iterator[None]:
     """Turn every error of the `openai` client and of httpx into an EndpointError in words."""
-    import httpx
     import openai
 
+    kinds: tuple[type[Exception], ...] = (openai.OpenAIError, *http_errors("HTTPError"), *http_errors("InvalidURL"))
     try:
         yield
-    except (openai.APITimeoutError, httpx.TimeoutException) as error:
-        raise EndpointError(f"{base_url} did not answer in time.", "is the server overloaded or starting?") from error
-    except (openai.APIConnectionError, httpx.TransportError) as error:
-        raise EndpointError(f"nothing answers at {base_url}.", "start it: loraport serve NAME") from error
-    except openai.AuthenticationError as error:
-        raise EndpointError(f"{base_url} refuses the API key.", "set OPENAI_API_KEY to the server's key") from error
-    except openai.NotFoundError as error:
-        raise EndpointError(f"{base_url} says: {error.message}.", "`loraport env` lists the models it has") from error
-    except openai.APIStatusError as error:
-        raise EndpointError(f"{base_url} answered {error.status_code}: {error.message}.", "") from error
-    except (openai.OpenAIError, httpx.HTTPError, httpx.InvalidURL) as error:
-        raise EndpointError(f"{base_url} cannot be used: {error}.", "check the URL; it ends in /v1") from error
+    except kinds as error:
+        raise explain(error, base_url) from error
+
+
+def explain(error: Exception, base_url: str) -> EndpointError:
+    """An error of the `openai` client or of httpx as one sentence and a hint."""
+    import openai
+
+    if isinstance(error, (openai.APITimeoutError, *http_errors("TimeoutException"))):
+        return EndpointError(f"{base_url} did not answer in time.", "is the server overloaded or starting?")
+    if isinstance(error, (openai.APIConnectionError, *http_errors("TransportError"))):
+        return explain_connection(error, base_url)
+    said = server_words(error)
+    if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+        return EndpointError(f"{base_url} refuses the API key: {said}.", "set OPENAI_API_KEY to the server's key")
+    if isinstance(error, openai.NotFoundError):
+        hint = "`loraport env` lists the models it has; a base URL ends in /v1"
+        return EndpointError(f"{base_url} says: {said}.", hint)
+    if isinstance(error, openai.RateLimitError):
+        return EndpointError(f"{base_url} refuses more requests: {said}.", "wait, or lower --concurrency")
+    if isinstance(error, openai.APIStatusError):
+        hint = "the server's log says more" if error.status_code >= 500 else "change the request accordingly"
+        return EndpointError(f"{base_url} answered {error.status_code}: {said}.", hint)
+    return EndpointError(f"{base_url} cannot be used: {said}.", "check the URL; it ends in /v1")
+
+
+def explain_connection(error: Exception, base_url: str) -> EndpointError:
+    """A connection that never came about, or one that broke."""
+    causes: list[BaseException | None] = [error, error.__cause__]
+    if any(isinstance(cause, http_errors("UnsupportedProtocol")) for cause in causes):
+        return EndpointError(f"{base_url!r} is not a URL.", "a base URL looks like http://127.0.0.1:8000/v1")
+    if any(isinstance(cause, http_errors("ConnectError")) for cause in causes):
+        return EndpointError(f"nothing answers at {base_url}.", "start it: loraport serve NAME; or check --base-url")
+    return EndpointError(
+        f"{base_url} broke the connection off ({server_words(error.__cause__ or error)}).",
+        "did the server die? its last lines say why",
+    )
+
+
+def server_words(error: BaseException) -> str:
+    """What a server said in its error body, or else the error itself; one line without its full stop."""
+    body = getattr(error, "body", None)
+    said = body.get("message") or body.get("detail") if isinstance(body, dict) else None
+    words = " ".join(str(said or error).split()).rstrip(".")
+    return words if len(words) <= LONGEST_QUOTE else words[:LONGEST_QUOTE] + " …"

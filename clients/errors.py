@@ -22,6 +22,8 @@ one of these once, at the boundary where they arise.
 import contextlib
 import errno
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -106,3 +108,12 @@ def os_errors(doing: str, path: Path) -> Iterator[None]:
                 f"no permission while {doing} {path}.", "check who owns it, or set LORAPORT_HOME elsewhere"
             ) from error
         raise ResourceError(f"{error.strerror or error} while {doing} {path}.", "check the path") from error
+
+
+def http_errors(name: str) -> tuple[type[Exception], ...]:
+    """The exception class `name` of httpx and, where it is installed, of httpx2.
+
+    openai 3 and huggingface_hub 2 speak through httpx2, their predecessors and we through httpx.
+    """
+    found = [import_module(library) for library in ("httpx", "httpx2") if find_spec(library)]
+    return tuple(getattr(library, name) for library in found)

@@ -1,12 +1,12 @@
 """Where Loraport keeps things: `LORAPORT_HOME`, by default ~/.loraport, readable by its owner alone.
 
-    adapters/<name>/<version>/   immutable adapter folders; a new training is a new version
-    cache/                       the engine's compile cache and the like (it can execute code: private)
-    logs/                        one log per engine start
-    run/<port>.json              the endpoint that `loraport serve` holds open now
+adapters/<name>/<version>/   immutable adapter folders; a new training is a new version
+cache/                       the engine's compile cache and the like (it can execute code: private)
+logs/                        one log per engine start
+run/<port>.json              the endpoint that `loraport serve` holds open now
 
-    >>> Home.default().adapters
-    PosixPath('/home/me/.loraport/adapters')
+>>> Home.default().adapters
+PosixPath('/home/me/.loraport/adapters')
 """
 
 import json

@@ -7,6 +7,7 @@ import json
 import sys
 import traceback
 from typing import Any, NoReturn
+from unicodedata import category
 
 from rich.console import Console
 from rich.text import Text
@@ -19,6 +20,11 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 def say(message: str, style: str = "") -> None:
     """Print a line for people. No markup: file names and replies may hold brackets."""
     console.print(Text(message, style=style))
+
+
+def printable(text: str) -> str:
+    """`text` with control characters spelled out, lines and tabs aside: a model's reply must not steer the terminal."""
+    return "".join(c if c in "\n\t" or category(c) != "Cc" else repr(c)[1:-1] for c in text)
 
 
 def print_json(document: Any) -> None:

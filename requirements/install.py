@@ -36,8 +36,10 @@ def check_python(version):
     """Refuse a Python for which the pinned sets have no wheels. `version`: (major, minor, ...)."""
     if not OLDEST <= tuple(version[:2]) <= NEWEST:
         found, oldest, newest = (".".join(str(part) for part in v[:2]) for v in (version, OLDEST, NEWEST))
-        fail("Python %s is not supported; Loraport needs %s to %s." % (found, oldest, newest),
-             "install Python %s and run: make setup PYTHON=python%s" % (oldest, oldest))
+        fail(
+            "Python %s is not supported; Loraport needs %s to %s." % (found, oldest, newest),
+            "install Python %s and run: make setup PYTHON=python%s" % (oldest, oldest),
+        )
 
 
 def detect_device():
@@ -89,8 +91,12 @@ class Installer:
     def try_install(self, *arguments):
         """Install what `arguments` name without their dependencies; return whether it worked, keep the output."""
         command = [self.uv, "pip", "install"] if self.uv else [self.python, "-m", "pip", "install"]
-        done = subprocess.run(command + ["--quiet", "--no-deps"] + list(arguments), env=self.environment,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            command + ["--quiet", "--no-deps"] + list(arguments),
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         self.output = done.stdout.decode(errors="replace")
         return done.returncode == 0
 
@@ -111,15 +117,18 @@ def install_pins(installer, path):
 
 def set_up(venv, device):
     """Make or refresh the environment for `device`; do nothing where its stamp says that all is there."""
-    pins, pyproject, stamp = (os.path.join(*p) for p in ((HERE, device + ".txt"), (ROOT, "pyproject.toml"),
-                                                         (venv, ".loraport")))
+    pins, pyproject, stamp = (
+        os.path.join(*p) for p in ((HERE, device + ".txt"), (ROOT, "pyproject.toml"), (venv, ".loraport"))
+    )
     kind = "%s %s %s" % (device, sys.version.split()[0], ROOT)
     wanted = "%s\n%s\n" % (kind, fingerprint([pins, pyproject]))
     if read(stamp) == wanted:
         return
     installer = Installer(venv)
-    sys.stderr.write("setup: %s, Python %s, %s into %s (a minute or two)\n" % (
-        device.upper(), sys.version.split()[0], "uv" if installer.uv else "pip", venv))
+    sys.stderr.write(
+        "setup: %s, Python %s, %s into %s (a minute or two)\n"
+        % (device.upper(), sys.version.split()[0], "uv" if installer.uv else "pip", venv)
+    )
     if read(stamp).split("\n")[0] != kind:
         installer.create(venv)
     install_pins(installer, pins)

@@ -5,7 +5,7 @@ from pathlib import Path
 CHATML = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}<|im_start|>assistant\n"
-    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}\n"
+    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}{{ '\\n' }}"
     "{% else %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -32,6 +32,7 @@ def make_tiny_base(folder: Path, template: str = CHATML, seed: int = 0) -> Path:
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
+    torch.set_num_threads(1)  # for models this small, waking a second thread costs more than it brings
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=64,

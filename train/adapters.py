@@ -12,6 +12,7 @@ import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from loraport.clients.errors import AdapterError, UsageError
 from loraport.clients.home import Home
@@ -110,7 +111,7 @@ def read_safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with path.open("rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8))
-            header = json.loads(handle.read(length)) if length <= path.stat().st_size else None
+            header: dict[str, Any] = json.loads(handle.read(min(length, path.stat().st_size)))
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
         end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
         whole = path.stat().st_size == 8 + length + end

@@ -8,13 +8,15 @@ a base by the same hashes. No torch here.
     '1f0c…'
 """
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from loraport.clients.errors import BaseModelError, ResourceError, os_errors
+from loraport.clients.errors import BaseModelError, LoraportError, ResourceError, http_errors, os_errors
 from loraport.clients.home import require_disk
 from loraport.train.manifest import BaseIdentity
 
@@ -107,44 +109,37 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def download(model: str, revision: str | None) -> Base:
-    """Fetch a hub's model into its shared cache, or take it from there; progress on standard error."""
-    import httpx
+    """Fetch a hub's model into its shared cache, or take it from there; progress on standard error.
+
+    A hub that is away, or refuses now what it gave before, does not matter while the cache has the model.
+    """
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub import errors as hub
 
-    where = f"on {constants.ENDPOINT}"
+    network: tuple[type[Exception], ...] = (OSError, hub.HfHubHTTPError, *http_errors("HTTPError"))
     try:
         if not constants.HF_HUB_OFFLINE:
-            require_disk_for(HfApi().model_info(model, revision=revision, files_metadata=True))
-    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError) as error:
-        raise explain_missing(model, revision, where, error) from error
-    except (hub.HfHubHTTPError, httpx.HTTPError, OSError):
-        pass  # no network: the cache may have it
-    try:
-        folder = snapshot_download(model, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED)
-    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError) as error:
-        raise explain_missing(model, revision, where, error) from error
-    except hub.LocalEntryNotFoundError as error:
-        state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
-        raise BaseModelError(
-            f"the model {model} is not in the cache {constants.HF_HUB_CACHE}, and {state}.",
-            "go online once, or give the path of a model folder",
-        ) from error
-    except (hub.HfHubHTTPError, httpx.HTTPError) as error:
-        raise BaseModelError(f"downloading {model} failed: {error}.", "try again; what has arrived is kept") from error
-    except OSError as error:
-        with os_errors("downloading", Path(constants.HF_HUB_CACHE)):
-            raise error
+            with contextlib.suppress(*network):
+                require_disk_for(HfApi().model_info(model, revision=revision, files_metadata=True))
+        folder = snapshot_download(
+            model, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
+        )
+    except (hub.HFValidationError, *network) as error:
+        raise explain_download(error, model, revision) from error
     return Base(model, Path(folder), Path(folder).name)
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a file of a repository matches one of the hub's patterns."""
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def require_disk_for(info: Any) -> None:
     """Refuse a download that the hub cache's disk cannot hold. `info`: the hub's ModelInfo with file sizes."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import filter_repo_objects
 
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    wanted = filter_repo_objects(sizes, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED))
+    wanted = [name for name in sizes if matches(name, WANTED) and not matches(name, UNWANTED)]
     cache = Path(constants.HF_HUB_CACHE)
     have = cache / f"models--{info.id.replace('/', '--')}" / "snapshots" / (info.sha or "")
     missing = sum(sizes[name] for name in wanted if not (have / name).exists())
@@ -154,21 +149,39 @@ def require_disk_for(info: Any) -> None:
         raise ResourceError(error.message, "free some space, or set HF_HOME to a folder on another disk") from error
 
 
-def explain_missing(model: str, revision: str | None, where: str, error: Exception) -> BaseModelError:
-    """A hub's refusal in words: gated, unknown revision, or unknown (which is also what a private model looks like)."""
+def explain_download(error: Exception, model: str, revision: str | None) -> LoraportError:
+    """Why a model did not come: gated, unknown, unreachable, or broken off. An unknown one may also be private."""
+    from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
+    named = f"the model {model} on {constants.ENDPOINT}"
+    status = error.response.status_code if isinstance(error, hub.HfHubHTTPError) else None
     if isinstance(error, hub.GatedRepoError):
         return BaseModelError(
-            f"the model {model} {where} is gated: its licence must be accepted first.",
+            f"{named} is gated: its licence must be accepted first.",
             "accept it on the model's page, then run `hf auth login` or set HF_TOKEN",
         )
     if isinstance(error, hub.RevisionNotFoundError):
-        return BaseModelError(f"the model {model} {where} has no revision {revision}.", "check its branches and tags")
-    return BaseModelError(
-        f"there is no folder and no model {model} {where}.",
-        "check the spelling; for a private model run `hf auth login` or set HF_TOKEN",
-    )
+        return BaseModelError(f"{named} has no revision {revision}.", "check its branches and tags")
+    if isinstance(error, hub.HFValidationError) or status in (401, 404):
+        return BaseModelError(
+            f"there is no folder {model} and no such model on {constants.ENDPOINT}.",
+            "check the spelling; for a private model run `hf auth login` or set HF_TOKEN",
+        )
+    if isinstance(error, hub.LocalEntryNotFoundError):
+        state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
+        return BaseModelError(
+            f"the cache {constants.HF_HUB_CACHE} does not hold all of the model {model}, and {state}.",
+            "go online once, or give the path of a model folder",
+        )
+    try:
+        if isinstance(error, OSError) and error.errno:
+            with os_errors("downloading to", Path(constants.HF_HUB_CACHE)):
+                raise error
+    except ResourceError as full:
+        return full
+    reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    return BaseModelError(f"downloading {model} failed: {reason}.", "try again; what has arrived is kept")
 
 
 def identify(base: Base) -> BaseIdentity:

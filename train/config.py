@@ -41,6 +41,7 @@ class RunConfig(BaseModel):
     data: Path = Field(description="Rows to train on: JSONL, one object with `messages` a line.")
     eval_data: Path | None = Field(None, description="Rows to evaluate on; default: a part of the training rows.")
     eval_fraction: float = Field(0.05, gt=0, lt=0.5, description="That part, where eval_data is not given.")
+    eval_rows: int = Field(200, ge=1, description="Most rows that an evaluation looks at.")
     name: str = Field("adapter", description="Name of the adapter; a new training is a new version of it.")
 
     preset: str = Field(DEFAULT_PRESET, description="Rank, alpha and target modules by name.")
@@ -51,6 +52,10 @@ class RunConfig(BaseModel):
 
     dtype: Literal["auto", "float32", "bfloat16", "nf4"] = Field(
         "auto", description="How the base is held: auto is bfloat16 on a GPU and float32 on a CPU; nf4 needs a GPU."
+    )
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="Recompute activations in the backward pass: slower, less memory; default: from 1B parameters.",
     )
     sequence_length: int = Field(2048, ge=16, description="Longest row in tokens; longer rows are refused.")
     batch_size: int = Field(16, ge=1, description="Rows for each step of the optimiser.")
@@ -72,7 +77,8 @@ class RunConfig(BaseModel):
         rank, alpha, targets = PRESETS[preset]
         filled = dict(values)
         filled["rank"] = values.get("rank") or rank
-        filled["alpha"] = values.get("alpha") or alpha * filled["rank"] // rank
+        if isinstance(filled["rank"], int):  # anything else is refused by its type
+            filled["alpha"] = values.get("alpha") or alpha * filled["rank"] // rank
         filled["target_modules"] = tuple(values.get("target_modules") or targets)
         return filled
 

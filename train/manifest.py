@@ -16,7 +16,6 @@ from loraport.clients.errors import AdapterError
 from loraport.clients.home import write_json
 
 FILE_NAME = "loraport.json"
-FORMAT = 1
 
 
 class Part(BaseModel):
@@ -35,6 +34,11 @@ class BaseIdentity(Part):
     tokenizer_sha256: str
     chat_template_sha256: str
     weights_sha256: str  # of sizes, headers and samples, not of every byte
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The hashes by the part of the base that they are of."""
+        return {name.removesuffix("_sha256"): value for name, value in self if name.endswith("_sha256")}
 
 
 class Reply(Part):
@@ -73,7 +77,7 @@ class DataCounts(Part):
 class Manifest(Part):
     """All of `loraport.json`. `fingerprint` is of data, base and configuration: equal means nothing to train."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     name: str
     version: str
     created: str  # ISO 8601, UTC
@@ -107,6 +111,6 @@ class Manifest(Part):
             raise AdapterError(f"{folder} has no {FILE_NAME}.", "train it with `loraport train`") from error
         except (ValidationError, UnicodeDecodeError, OSError) as error:
             raise AdapterError(
-                f"{path} cannot be read as a manifest of format {FORMAT}: {str(error).splitlines()[0]}.",
+                f"{path} cannot be read as a manifest of format 1: {str(error).splitlines()[0]}.",
                 "it was changed by hand or written by another version of Loraport: train again",
             ) from error

@@ -1,0 +1,164 @@
+"""A whole run on the tiny base: what is stored, when nothing is done, and that failures leave nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraport.clients import home as home_module
+from loraport.clients.errors import AdapterError, ConfigError, DataError, ResourceError
+from loraport.clients.home import Home
+from loraport.train.adapters import WEIGHTS, Adapter, check_whole, find_adapter, open_adapter, versions
+from loraport.train.config import RunConfig
+from loraport.train.manifest import Manifest
+from loraport.train.run import read_data, spread, train
+from tests.models import make_tiny_base
+
+
+def write_rows(path: Path, count: int = 12, word: str = "red") -> Path:
+    rows = [
+        {"messages": [{"role": "user", "content": f"colour {n}?"}, {"role": "assistant", "content": f"{word} {n % 3}"}]}
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def configure(base: Path, data: Path, **settings: Any) -> RunConfig:
+    plain = {"model": str(base), "data": data, "name": "colours", "epochs": 1, "batch_size": 4, "learning_rate": 1e-2}
+    return RunConfig.model_validate(plain | settings)
+
+
+@pytest.fixture
+def config(tiny_base: Path, tmp_path: Path) -> RunConfig:
+    return configure(tiny_base, write_rows(tmp_path / "rows.jsonl"))
+
+
+@pytest.fixture
+def adapter(config: RunConfig, home: Home) -> Adapter:
+    return train(config, home)
+
+
+def test_the_stored_version_is_whole_and_says_what_it_is(adapter: Adapter, config: RunConfig, home: Home) -> None:
+    manifest = Manifest.read(adapter.folder)
+    assert manifest == adapter.manifest == open_adapter(home, "colours@v1").manifest
+    assert adapter.folder == home.adapters / "colours" / "v1"
+    assert sorted(path.name for path in adapter.folder.iterdir()) == ["adapter_config.json", WEIGHTS, "loraport.json"]
+    # 2 layers, rank 16 on seven linears of the tiny Qwen3: 16 * sum(in + out)
+    per_layer = (64 + 64) + 2 * (64 + 32) + (64 + 64) + 2 * (64 + 128) + (128 + 64)
+    assert manifest.trainable_parameters == 2 * 16 * per_layer
+    assert manifest.max_lora_rank == 16
+    assert (manifest.data.rows, manifest.data.eval_rows) == (11, 1)
+    assert manifest.run == config.model_dump(mode="json")
+    assert manifest.golden and set(manifest.metrics) >= {"train_loss", "eval_loss", "tokens_per_second"}
+    assert (adapter.folder / WEIGHTS).stat().st_size < 4 * manifest.trainable_parameters + 10_000
+
+
+def test_nothing_changed_means_nothing_to_do(adapter: Adapter, config: RunConfig, home: Home) -> None:
+    before = (adapter.folder / WEIGHTS).stat()
+    assert train(config, home).folder == adapter.folder
+    assert (adapter.folder / WEIGHTS).stat() == before and len(versions(home, "colours")) == 1
+
+
+@pytest.mark.parametrize("change", ["data", "configuration", "base", "force", "damage"])
+def test_a_change_makes_a_new_version(
+    adapter: Adapter, config: RunConfig, home: Home, tmp_path: Path, change: str
+) -> None:
+    if change == "data":
+        write_rows(config.data, word="blue")
+    elif change == "configuration":
+        config = config.model_copy(update={"learning_rate": 1e-3})
+    elif change == "base":
+        config = config.model_copy(update={"model": str(make_tiny_base(tmp_path / "other", seed=1))})
+    elif change == "damage":
+        (adapter.folder / WEIGHTS).write_bytes(b"")
+    assert train(config, home, force=change == "force").folder.name == "v2"
+    assert adapter.folder.is_dir()
+
+
+def test_where_data_and_base_lie_does_not_matter(
+    adapter: Adapter, config: RunConfig, home: Home, tmp_path: Path
+) -> None:
+    moved = config.data.rename(tmp_path / "moved.jsonl")
+    assert train(config.model_copy(update={"data": moved}), home).folder == adapter.folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"target_modules": ("nose_proj",)}, ConfigError, "no linear layers called nose_proj"),
+        ({"sequence_length": 16}, DataError, "rows are longer than 16 tokens"),
+        ({"dtype": "nf4"}, ConfigError, "nf4 needs an NVIDIA GPU"),
+        ({"name": "a/b"}, Exception, "cannot be the name"),
+        ({"name": "base"}, Exception, "cannot be the name"),
+    ],
+)
+def test_a_refused_run_leaves_nothing(
+    config: RunConfig, home: Home, settings: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        train(config.model_copy(update=settings), home)
+    assert not list(home.root.rglob("*")) or [p.name for p in home.root.rglob("*")] == ["adapters"]
+
+
+def test_no_disk_space_is_refused_and_leaves_nothing(
+    config: RunConfig, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = home_module.shutil.disk_usage("/")
+    monkeypatch.setattr(home_module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(ResourceError, match="MiB on disk") as caught:
+        train(config, home)
+    assert "LORAPORT_HOME" in caught.value.hint
+    assert versions(home, "colours") == []
+
+
+def test_leftovers_of_a_killed_run_are_removed(config: RunConfig, home: Home) -> None:
+    left = home.ensure(home.adapters / "colours") / ".partial-999999999-x"
+    left.mkdir()
+    train(config, home)
+    assert [path.name for path in (home.adapters / "colours").iterdir()] == ["v1"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / WEIGHTS).unlink(), "has no adapter_model.safetensors"),
+        (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]), "is cut off"),
+        (lambda f: (f / WEIGHTS).write_bytes(b"\xff" * 100), "is not a whole safetensors file"),
+        (lambda f: (f / WEIGHTS).write_bytes(b""), "is not a whole safetensors file"),
+        (lambda f: (f / "adapter_config.json").unlink(), "has no adapter_config.json"),
+        (lambda f: (f / "loraport.json").unlink(), "has no loraport.json"),
+        (lambda f: (f / "loraport.json").write_text('{"format": 2}'), "cannot be read as a manifest"),
+    ],
+)
+def test_damaged_adapters_are_refused(adapter: Adapter, home: Home, damage: Any, words: str) -> None:
+    damage(adapter.folder)
+    with pytest.raises(AdapterError, match=words):
+        open_adapter(home, "colours")
+
+
+def test_another_adapters_weights_are_noticed(adapter: Adapter, config: RunConfig, home: Home) -> None:
+    other = train(config.model_copy(update={"name": "small", "rank": 8}), home)
+    with pytest.raises(AdapterError, match="bytes, the manifest says"):
+        check_whole(adapter.folder, other.manifest)
+
+
+def test_an_unknown_adapter_lists_the_known(adapter: Adapter, home: Home) -> None:
+    with pytest.raises(AdapterError) as caught:
+        find_adapter(home, "colors")
+    assert caught.value.hint == "there is: colours"
+    with pytest.raises(AdapterError) as caught:
+        find_adapter(home, "colours@v9")
+    assert caught.value.hint == "there is: v1"
+
+
+def test_held_out_rows_are_no_training_rows(config: RunConfig) -> None:
+    training, held_out = read_data(config.model_copy(update={"eval_fraction": 0.25}))
+    assert len(training) == 9 and len(held_out) == 3
+    assert not {row.line for row in training} & {row.line for row in held_out}
+
+
+def test_spread_is_even_and_keeps_order() -> None:
+    assert spread(list(range(10)), 3) == [0, 3, 6]
+    assert spread([1, 2], 3) == [1, 2]

@@ -1,0 +1,102 @@
+"""`loraport train` and `loraport adapters`. The flags of `train` are the fields of the run configuration."""
+
+import inspect
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loraport.clients.home import Home
+from loraport.clients.terminal import console, print_json, say
+from loraport.train.adapters import Adapter, adapter_names, open_adapter, versions
+from loraport.train.config import PRESETS, RunConfig, load_config
+from loraport.train.manifest import Manifest
+
+
+def train(config: Path | None, force: bool, json: bool, **flags: Any) -> None:
+    """Train a LoRA adapter on rows and prove it."""
+    resolved = load_config(config, flags)
+    from loraport.train.run import train as run
+
+    trained = run(resolved, Home.default(), force)
+    if json:
+        print_json({"folder": str(trained.folder)} | trained.manifest.model_dump(mode="json", exclude={"golden"}))
+    else:
+        report(trained)
+
+
+def report(adapter: Adapter) -> None:
+    """The result for people, and what to do next."""
+    manifest = adapter.manifest
+    say(
+        f"{manifest.name} {manifest.version}  {manifest.trainable_parameters:,} parameters, "
+        f"{manifest.adapter_bytes / 2**20:.1f} MiB, eval loss {manifest.metrics['eval_loss']:.3f}, "
+        f"trained in {manifest.metrics['seconds']:.0f} s",
+        "bold",
+    )
+    say(f"  {adapter.folder}")
+    say(f"next: loraport serve {manifest.name}")
+
+
+def flag(name: str) -> inspect.Parameter:
+    """The command line flag of a field of the run configuration; not given means None."""
+    field = RunConfig.model_fields[name]
+    default = "" if field.is_required() or field.default in (None, ()) else f" [default: {field.default}]"
+    known = f" One of {', '.join(PRESETS)}." if name == "preset" else ""
+    kind = field.annotation if name != "target_modules" else list[str]
+    option = typer.Option(
+        f"--{name.replace('_', '-')}", help=f"{field.description}{known}{default}", show_default=False
+    )
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, option],  # type: ignore[operator]
+    )
+
+
+def train_signature() -> inspect.Signature:
+    """--config, --force, --json, and a flag for each field of the run configuration."""
+    own = {
+        "config": (Path | None, None, typer.Option("--config", help="YAML file with the keys below; flags win.")),
+        "force": (bool, False, typer.Option("--force", help="Train even when nothing has changed.")),
+        "json": (bool, False, typer.Option("--json", help="Print the result as one JSON document.")),
+    }
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+        for name, (kind, default, option) in own.items()
+    ]
+    return inspect.Signature([*parameters, *(flag(name) for name in RunConfig.model_fields)])
+
+
+train.__signature__ = train_signature()  # type: ignore[attr-defined]
+train.__annotations__ = {name: p.annotation for name, p in train_signature().parameters.items()}
+
+adapters = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+@adapters.command("list")
+def list_adapters(json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
+    """List the adapters on this machine with their versions."""
+    home = Home.default()
+    manifests = [Manifest.read(path) for name in adapter_names(home) for path in versions(home, name)]
+    if json:
+        print_json([m.model_dump(mode="json", exclude={"golden", "run"}) for m in manifests])
+        return
+    from rich.table import Table
+
+    table = Table("adapter", "version", "base", "rank", "rows", "eval loss", "created")
+    for m in manifests:
+        loss = f"{m.metrics['eval_loss']:.3f}"
+        table.add_row(m.name, m.version, m.base.model, str(m.rank), str(m.data.rows), loss, m.created[:16])
+    if manifests:
+        console.print(table)
+    else:
+        say(f"no adapters in {home.adapters}; train one: loraport train --name NAME --data rows.jsonl --model MODEL")
+
+
+@adapters.command("show")
+def show_adapter(reference: Annotated[str, typer.Argument(help="NAME, NAME@VERSION, or a folder.")]) -> None:
+    """Print the manifest of an adapter as JSON."""
+    adapter = open_adapter(Home.default(), reference)
+    print_json({"folder": str(adapter.folder)} | adapter.manifest.model_dump(mode="json"))
