@@ -1,7 +1,15 @@
 """Fixtures: a private home for each test, a tiny real base, and one real endpoint for the whole session."""
 
+import json
 import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,3 +32,50 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model whose template marks the assistant's turns."""
     return make_tiny_base(tmp_path_factory.mktemp("tiny") / "tiny-base")
+
+
+@dataclass(frozen=True)
+class Served:
+    """The demo, trained and served as a user would, for all tests of the session."""
+
+    base_url: str
+    adapter: str
+    home: Home
+    ready: dict[str, Any]  # the document of `loraport serve --json`
+    trained: dict[str, Any]  # the document of `loraport train --json`
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """`loraport train` and `loraport serve` on the demo, with the real vLLM, once for the session."""
+    home = Home(tmp_path_factory.mktemp("served") / "home")
+    environment = os.environ | {"LORAPORT_HOME": str(home.root)}
+    loraport = [sys.executable, "-m", "loraport_cli"]
+    train = [*loraport, "train", "--config", str(ROOT / "examples/demo/train.yaml"), "--json"]
+    trained = subprocess.run(train, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    serve = [*loraport, "serve", "demo", "--port", str(free_port()), "--json"]
+    process = subprocess.Popen(serve, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        document = read_document(process.stdout)
+        yield Served(document["base_url"], "demo", home, document, json.loads(trained.stdout))
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
+def read_document(lines: Iterable[str]) -> dict[str, Any]:
+    """The one JSON document of a command that goes on running; fails when the command ends before it."""
+    text = ""
+    for line in lines:
+        text += line
+        if line.rstrip() == "}":
+            return dict(json.loads(text))
+    raise AssertionError(f"the command ended before it was ready: {text}")
+
+
+def free_port() -> int:
+    """A port on 127.0.0.1 that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

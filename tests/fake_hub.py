@@ -104,8 +104,8 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path, self.headers.get("Range", "")))
         for pattern, answer in (
-            (r"/api/models/([^/]+/[^/]+)(?:/revision/(?P<revision>.+))?", self.send_info),
-            (r"/api/models/([^/]+/[^/]+)/tree/(?P<revision>[^/]+)", self.send_tree),
+            (r"/api/models/([^/]+/[^/]+|[^/]+)(?:/revision/(?P<revision>.+))?", self.send_info),
+            (r"/api/models/([^/]+/[^/]+|[^/]+)/tree/(?P<revision>[^/]+)", self.send_tree),
             (r"/([^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)", self.resolve),
             (r"/cdn/([^/]+/[^/]+)/(?P<file>.+)", self.send_file),
         ):
