@@ -6,17 +6,15 @@ A reference is `demo` (its newest version), `demo@v2`, or a path to an adapter f
     'v2'
 """
 
-import json
 import re
-import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from loraport.clients.errors import AdapterError, UsageError
 from loraport.clients.home import Home
 from loraport.train.manifest import Manifest
+from loraport.train.weights import read_safetensors_shapes
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -87,7 +85,7 @@ def check_whole(folder: Path, manifest: Manifest) -> None:
     """AdapterError unless configuration and weights are there, readable, and as large as they say."""
     if not (folder / CONFIG).is_file():
         raise AdapterError(f"{folder} has no {CONFIG}.", "the folder is incomplete: train again")
-    shapes = read_safetensors_shapes(folder / WEIGHTS)
+    shapes = read_safetensors_shapes(folder / WEIGHTS, AdapterError)
     size = (folder / WEIGHTS).stat().st_size
     if size != manifest.adapter_bytes:
         raise AdapterError(
@@ -100,26 +98,3 @@ def check_whole(folder: Path, manifest: Manifest) -> None:
             f"{folder / WEIGHTS} holds {parameters:,} parameters, the manifest says {manifest.trainable_parameters:,}.",
             "the file belongs to another adapter: train again, or restore the folder",
         )
-
-
-def read_safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes by tensor name from a safetensors header; AdapterError when the file is missing or cut off.
-
-    Format: 8 bytes little-endian header length, JSON header, then the data that its offsets cover exactly
-    (https://github.com/huggingface/safetensors, "Format").
-    """
-    try:
-        with path.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            header: dict[str, Any] = json.loads(handle.read(min(length, path.stat().st_size)))
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-        whole = path.stat().st_size == 8 + length + end
-        shapes = {name: tuple(entry["shape"]) for name, entry in tensors.items()}
-    except FileNotFoundError as error:
-        raise AdapterError(f"{path.parent} has no {path.name}.", "the folder is incomplete: train again") from error
-    except (OSError, struct.error, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise AdapterError(f"{path} is not a whole safetensors file.", "restore it, or train again") from error
-    if not whole:
-        raise AdapterError(f"{path} is cut off.", "restore it, or train again")
-    return shapes

@@ -19,12 +19,14 @@ from typing import Any
 from loraport.clients.errors import BaseModelError, LoraportError, ResourceError, http_errors, os_errors
 from loraport.clients.home import require_disk
 from loraport.train.manifest import BaseIdentity
+from loraport.train.weights import read_safetensors_shapes
 
 # safetensors only: other weight formats can execute code when they are read.
 WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 UNWANTED = ("original/*", "onnx/*", "openvino/*", "consolidated*.safetensors", "*.gguf", "metal/*")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt")
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+SAFETENSORS_HINT = "Loraport reads safetensors only (other formats can run code): convert the weights first"
 SAMPLES = 16
 SAMPLE_BYTES = 64 * 1024
 
@@ -84,7 +86,7 @@ def check_complete(base: Base) -> Base:
     if not base.weight_files:
         raise BaseModelError(
             f"{base.folder} has no *.safetensors.",
-            "Loraport reads safetensors only (other formats can run code): convert the weights first",
+            SAFETENSORS_HINT,
         )
     index = base.folder / "model.safetensors.index.json"
     named = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else set()
@@ -94,6 +96,8 @@ def check_complete(base: Base) -> Base:
             f"{base.folder} lacks {len(missing)} of its {len(named)} weight files, first {missing[0]}.",
             "copy or download them again",
         )
+    for path in base.weight_files:
+        read_safetensors_shapes(path, BaseModelError)
     return base
 
 
@@ -116,15 +120,16 @@ def download(model: str, revision: str | None) -> Base:
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub import errors as hub
 
-    network: tuple[type[Exception], ...] = (OSError, hub.HfHubHTTPError, *http_errors("HTTPError"))
+    network: tuple[type[Exception], ...] = (OSError, *http_errors("HTTPError"))  # HfHubHTTPError is both
+    refusals: tuple[type[Exception], ...] = (hub.HFValidationError, *network)
     try:
         if not constants.HF_HUB_OFFLINE:
             with contextlib.suppress(*network):
-                require_disk_for(HfApi().model_info(model, revision=revision, files_metadata=True))
+                check_download(HfApi().model_info(model, revision=revision, files_metadata=True))
         folder = snapshot_download(
             model, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
         )
-    except (hub.HFValidationError, *network) as error:
+    except refusals as error:
         raise explain_download(error, model, revision) from error
     return Base(model, Path(folder), Path(folder).name)
 
@@ -134,12 +139,14 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def require_disk_for(info: Any) -> None:
-    """Refuse a download that the hub cache's disk cannot hold. `info`: the hub's ModelInfo with file sizes."""
+def check_download(info: Any) -> None:
+    """Refuse a download without safetensors, or that the disk cannot hold. `info`: the hub's ModelInfo with sizes."""
     from huggingface_hub import constants
 
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     wanted = [name for name in sizes if matches(name, WANTED) and not matches(name, UNWANTED)]
+    if not any(name.endswith(".safetensors") for name in wanted):
+        raise BaseModelError(f"the model {info.id} on {constants.ENDPOINT} has no *.safetensors.", SAFETENSORS_HINT)
     cache = Path(constants.HF_HUB_CACHE)
     have = cache / f"models--{info.id.replace('/', '--')}" / "snapshots" / (info.sha or "")
     missing = sum(sizes[name] for name in wanted if not (have / name).exists())
@@ -181,7 +188,7 @@ def explain_download(error: Exception, model: str, revision: str | None) -> Lora
     except ResourceError as full:
         return full
     reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-    return BaseModelError(f"downloading {model} failed: {reason}.", "try again; what has arrived is kept")
+    return BaseModelError(f"downloading {model} failed: {reason}.", "try again; files that arrived whole are kept")
 
 
 def identify(base: Base) -> BaseIdentity:

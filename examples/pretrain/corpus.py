@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import gzip
 import hashlib
 import inspect
 import json
@@ -182,7 +183,7 @@ def unique_texts(texts: list[str]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sources", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder for wheels/, texts.json and functions.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder for wheels/, texts.json.gz, functions.json.gz")
     args = parser.parse_args()
     wheels = args.out / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
@@ -195,8 +196,8 @@ def main() -> None:
         texts += new_texts
         functions += new_functions
     texts = unique_texts(texts)
-    (args.out / "texts.json").write_text(json.dumps(texts))
-    (args.out / "functions.json").write_text(json.dumps([asdict(f) for f in functions]))
+    for name, value in (("texts", texts), ("functions", [asdict(f) for f in functions])):
+        (args.out / f"{name}.json.gz").write_bytes(gzip.compress(json.dumps(value).encode(), 6, mtime=0))
     print(f"{len(texts):,} texts with {sum(map(len, texts)) / 1e6:.1f} MB, {len(functions):,} functions")
 
 

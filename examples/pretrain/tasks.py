@@ -16,7 +16,7 @@ import random
 import re
 from typing import NamedTuple
 
-CONTEXT = 0.1  # loss weight of random context and question text
+CONTEXT = 0.05  # loss weight of random context and question text
 END = "<|endoftext|>"
 TURN, TURN_END = "<|im_start|>", "<|im_end|>"
 
@@ -59,7 +59,7 @@ ASK = {
     "default_by_description": [
         'What is the default of the parameter described as "{d}"?', "Which default belongs to: {d}?",
     ],
-    "name_by_type": ["Which parameter has the type {t}?", "Which parameter of {f} is of type {t}?", "What is a {t} here?"],
+    "name_by_type": ["Which parameter has the type {t}?", "Which parameter of {f} is of type {t}?", "What is of type {t} here?"],
     "name_by_default": ["Which parameter has the default {x}?", "Which parameter of {f} is {x} unless given?"],
     "after": ["Which parameter comes after {n}?", "What parameter follows {n} in the list?"],
     "before": ["Which parameter comes before {n}?", "What is listed right before {n}?"],
@@ -95,6 +95,7 @@ class TaskMaker:
         self.random = random.Random(seed)
         parameters = [p for f in functions for p in f["parameters"]]
         self.real = [Entry(p["name"], p["type"], p["default"], p["description"]) for p in parameters]
+        self.lists = [[Entry(**p) for p in f["parameters"]] for f in functions if len(f["parameters"]) > 1]
         self.names = sorted({p.name for p in self.real})
         self.functions = sorted({f["name"] for f in functions})
         self.types = sorted({p.type for p in self.real})
@@ -120,9 +121,9 @@ class TaskMaker:
     def function(self) -> str:
         """A function or class name, sometimes with modules before it."""
         r = self.random.random()
-        if r < 0.6:
+        if r < 0.4:
             name = self.random.choice(self.functions)
-        elif r < 0.8:
+        elif r < 0.7:
             name = "_".join(self.word() for _ in range(self.random.randint(1, 3)))
         else:
             name = "".join(self.word().capitalize() for _ in range(self.random.randint(1, 3)))
@@ -186,10 +187,49 @@ class TaskMaker:
         default = self.default() if r.random() < 0.7 else ""
         return Entry(self.identifier(), self.type(), default, self.description())
 
+    def varied(self, text: str) -> str:
+        """The text with one of its words or numbers replaced, or one word more or less: a near miss."""
+        r = self.random
+        spans = [m.span() for m in re.finditer(r"[A-Za-z0-9]+", text)]
+        if not spans:
+            return text + str(r.randint(0, 9))
+        start, end = r.choice(spans)
+        old = text[start:end]
+        if old.isdigit():
+            new = str(r.randint(0, 10 ** len(old)))
+        elif len(old) <= 2:
+            new = r.choice("abcdefghijklmnopqrstuvwxyz") + old[1:]
+        else:
+            new = r.choice([self.word(), self.word(), f"{old} {self.word()}", old[:-1], old + r.choice("sxy2")])
+        return text[:start] + new + text[end:]
+
+    def sibling(self, entry: Entry) -> Entry:
+        """A parameter that is easily taken for `entry`: any of its fields the same or nearly so."""
+        r = self.random
+        name = r.choice([f"{entry.name}_{self.word()}", f"{self.word()}_{entry.name}", self.varied(entry.name).replace(" ", "_")])
+        kind = r.choice([entry.type, self.varied(entry.type), self.varied(entry.type), self.type()])
+        default = r.choice([entry.default, self.varied(entry.default), self.default(), ""]) if entry.default else ""
+        description = r.choice([self.varied(entry.description), self.varied(entry.description), self.description()])
+        return Entry(name if r.random() < 0.7 else self.identifier(), kind, default, description)
+
     def entries(self) -> list[Entry]:
-        """One to twelve parameters (mostly two to five) with different names, descriptions and non-empty fields."""
-        count = self.random.choice([1, 2, 2, 3, 3, 3, 4, 4, 5, 5, 6, 8, 12])
-        unique = {e.name: e for e in (self.entry() for _ in range(count))}
+        """One to twelve parameters (mostly two to five) with different names and descriptions.
+
+        Drawn one by one, or the list of a real function; some get siblings that make careless reading fail.
+        """
+        r = self.random
+        count = r.choice([1, 2, 2, 3, 3, 3, 4, 4, 5, 5, 6, 8, 12])
+        if r.random() < 0.25:
+            real = r.choice(self.lists)
+            start = r.randrange(max(1, len(real) - count + 1))
+            drawn = real[start : start + count]
+        else:
+            drawn = [self.entry() for _ in range(count)]
+        if r.random() < 0.4:
+            drawn = drawn[: max(1, count // 2)]
+            drawn = drawn + [self.sibling(r.choice(drawn)) for _ in range(max(1, count - len(drawn)))]
+            r.shuffle(drawn)
+        unique = {e.name: e for e in drawn}
         return list({e.description: e for e in unique.values()}.values())
 
     def parameter_list(self) -> tuple[str, Questions]:
@@ -199,7 +239,7 @@ class TaskMaker:
         body = layout(entries, self.random.choice(["default {}", "default={}", "default: {}", "by default {}", "defaults to {}"]))
         head = self.random.choice(HEADS).format(f=function)
         short = function.split(".")[-1] if self.random.random() < 0.7 else function
-        count = min(self.random.choice([1, 2, 3, 4, 6]), 2 * len(entries))
+        count = min(self.random.choice([1, 2, 4, 6, 8]), 3 * len(entries))
         questions = [self.ask(function, short, entries) for _ in range(count)]
         return f"{head}\n{body}", list(dict.fromkeys(questions))
 
@@ -210,7 +250,7 @@ class TaskMaker:
         entry = entries[index]
         kinds = ["type", "type", "description", "description", "name", "name"]
         kinds += ["default"] * 3 + ["default_by_description"] if entry.default else []
-        kinds += ["type_by_description"] + (["function"] if r.random() < 0.3 else [])
+        kinds += ["type_by_description"] + (["function"] if r.random() < 0.5 else [])
         kinds += ["name_by_type"] if sum(e.type == entry.type for e in entries) == 1 else []
         kinds += ["name_by_default"] if entry.default and sum(e.default == entry.default for e in entries) == 1 else []
         kinds += ["after"] if index + 1 < len(entries) and r.random() < 0.5 else []
@@ -223,6 +263,8 @@ class TaskMaker:
         }.get(kind, entry.name)  # fmt: skip
         words = entry.description.split()
         part = " ".join(words[: max(4, r.randint(len(words) // 2, len(words)))])
+        if sum(part in e.description for e in entries) > 1:
+            part = entry.description
         question = r.choice(ASK[kind])
         return question.format(n=entry.name, f=short, d=part, t=entry.type, x=entry.default), answer
 
@@ -241,7 +283,7 @@ class TaskMaker:
         pairs += [(f"Which key has the value {v}?", k) for k, v in zip(keys, values, strict=True) if values.count(v) == 1]
         if text.startswith("{"):
             pairs = [(q, a) for q, a in pairs if a in text]
-        return head + text, r.sample(pairs, min(len(pairs), r.randint(1, 5)))
+        return head + text, r.sample(pairs, min(len(pairs), r.randint(1, 8)))
 
     def facts(self) -> tuple[str, Questions]:
         """Short statements about invented people and places, and questions about them."""
@@ -270,7 +312,7 @@ class TaskMaker:
             middle = " ".join(words[max(0, cut - 2) : cut + 1])
             questions += [(f"Complete: {start}", rest), (f'Which sentence says "{middle}"?', sentence)]
             questions += [(f"What comes after this: {sentences[index - 1]}", sentence)] if index else []
-        return r.choice([" ", "\n", "\n- "]).join(sentences), r.sample(questions, r.randint(1, 3))
+        return r.choice([" ", "\n", "\n- "]).join(sentences), r.sample(questions, r.randint(1, min(5, len(questions))))
 
     def exercise(self) -> tuple[str, Questions]:
         """A context with its questions, of one of the four families."""

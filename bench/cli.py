@@ -1,0 +1,87 @@
+"""The bench commands of `loraport`: now `eval`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from loraport.clients.errors import LoraportError, UsageError
+from loraport.clients.terminal import console, print_json, say
+
+if TYPE_CHECKING:
+    from loraport.bench.evaluate import Evaluation
+
+MOST_MODELS = 8  # more are not meant when --model is left out
+
+
+def eval(
+    data: Annotated[Path, typer.Option(help="Chat rows (JSONL); the last assistant turn of each is the reference.")],
+    model: Annotated[list[str] | None, typer.Option(help="A model; once for each. Default: all there are.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="The endpoint. Default: the one that serves here.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest reply in tokens.")] = 64,
+    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Requests at a time.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for a reply.")] = 120,
+    thinking: Annotated[
+        bool | None, typer.Option("--thinking/--no-thinking", help="For models that can. Default: their template's.")
+    ] = None,
+    show: Annotated[int, typer.Option(min=0, help="Failing replies to print, for each model.")] = 0,
+    min_success: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Exit code 4 when the last model's success is lower.")
+    ] = None,
+    min_stop_rate: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Exit code 4 when the last model's stop rate is lower.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+) -> None:
+    """Measure success and stop rate of models on held-out rows.
+
+    Success: the reply is the reference, blanks at both ends aside. A failed request is a row without success.
+    Intervals are Wilson's, 95%. The key is taken from OPENAI_API_KEY.
+    """
+    from loraport.bench.evaluate import Evaluation, Request
+    from loraport.bench.report import all_figures, check_answered, check_verdict, print_report, to_json
+    from loraport.clients.endpoint import find_base_url
+    from loraport.clients.home import Home
+    from loraport.clients.rows import read_rows
+
+    rows = read_rows(data)[:limit]
+    url = find_base_url(base_url, Home.default())
+    models = choose_models(url, model or [])
+    run = Evaluation(url, rows, models, Request(max_tokens, timeout, thinking), concurrency)
+    problem = ask_with_progress(run)
+    if run.answers and json:
+        print_json(to_json(run, str(data), show))
+    elif run.answers:
+        print_report(run, show)
+    if problem:
+        say(f"ended after {len(run.answers)} of {len(rows) * len(models)} requests", "yellow")
+        raise problem
+    check_answered(run)
+    check_verdict(all_figures(run)[-1], min_success, min_stop_rate)
+
+
+def choose_models(url: str, wanted: list[str]) -> list[str]:
+    """The models to ask, each once; all of the endpoint's where none is wanted. UsageError when one is not there."""
+    from loraport.clients.models import check_model, connect, list_models
+
+    with connect(url, timeout_s=30, retries=1) as client:
+        cards = list_models(client)
+    if not wanted and len(cards) > MOST_MODELS:
+        raise UsageError(f"{url} has {len(cards)} models.", "choose: --model NAME, once for each")
+    return list(dict.fromkeys(check_model(cards, name) for name in wanted or [card.id for card in cards]))
+
+
+def ask_with_progress(run: "Evaluation") -> LoraportError | KeyboardInterrupt | None:
+    """Run all requests under a progress bar; return what ended it early, if anything."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(f"asking {', '.join(run.models)}", total=len(run.rows) * len(run.models))
+        run.on_answer = lambda answer: progress.advance(task)
+        try:
+            run.ask_all()
+        except (LoraportError, KeyboardInterrupt) as problem:
+            return problem
+    return None

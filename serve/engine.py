@@ -1,0 +1,193 @@
+"""The engine as a child: its command line, its environment, and the process under its guard.
+
+Flags and environment are the same from start to start, because vLLM's compile cache is keyed by them. Nothing of the
+user's environment is lost, save what would make the engine talk to the network or write prompts down.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from loraport.clients.endpoint import process_identity
+from loraport.clients.errors import os_errors
+from loraport.clients.home import Home
+from loraport.serve import versions
+from loraport.serve.hardware import Device
+from loraport.serve.leftovers import MARKER, EngineTrace, marker, session_of
+from loraport.serve.leftovers import end as end_processes
+from loraport.serve.plan import Plan
+from loraport.train.adapters import Adapter
+from loraport.train.base_model import Base
+
+DEFAULT_COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
+GUARD = Path(__file__).with_name("guard.py")
+# Ctrl-C to prompt in ten seconds at most: the engine's own shutdown takes half a second when all is well.
+GRACE_S = 6.0
+LAST_LINES = 400
+LOGS_KEPT = 20
+
+
+@dataclass(frozen=True)
+class Launch:
+    """All that is known of an engine before it is started."""
+
+    command: tuple[str, ...]  # how to start vLLM's server, without flags
+    version: versions.Version
+    base: Base
+    base_names: tuple[str, ...]
+    adapters: tuple[Adapter, ...]
+    plan: Plan
+    device: Device
+    host: str
+    port: int
+    generation_config: Path | None = None  # folder of one that knows the adapters' stop tokens too
+    more: tuple[str, ...] = ()  # flags of the user's, after all of ours
+
+
+def arguments(launch: Launch) -> list[str]:
+    """The engine's whole command line. The user's own flags come last, where the last of a kind counts."""
+    plan = launch.plan
+    flags = [
+        *("--model", str(launch.base.folder), "--served-model-name", *launch.base_names),
+        *("--host", launch.host, "--port", str(launch.port)),
+        *("--max-model-len", str(plan.context), "--max-num-seqs", str(plan.requests), "--dtype", plan.dtype),
+        "--disable-uvicorn-access-log",
+        *lora_arguments(launch),
+        *device_arguments(launch)[0],
+    ]
+    if launch.generation_config:
+        flags += ["--generation-config", str(launch.generation_config)]
+    return [*launch.command, *flags, *launch.more]
+
+
+def lora_arguments(launch: Launch) -> list[str]:
+    """Slots and adapters; each adapter under its name, from the immutable folder of its version."""
+    if not launch.adapters:
+        return []
+    modules = [
+        json.dumps({"name": adapter.manifest.name, "path": str(adapter.folder), "base_model_name": launch.base_names[0]})
+        for adapter in launch.adapters
+    ]
+    slots = ["--max-loras", str(launch.plan.slots), "--max-lora-rank", str(launch.plan.rank)]
+    if len(launch.adapters) > launch.plan.slots:
+        slots += ["--max-cpu-loras", str(len(launch.adapters))]
+    return ["--enable-lora", *slots, "--lora-modules", *modules]
+
+
+def device_arguments(launch: Launch) -> tuple[list[str], dict[str, str]]:
+    """(flags, environment) for memory and processes."""
+    plan = launch.plan
+    if plan.kv_bytes is None:
+        return ["--gpu-memory-utilization", f"{plan.share:.2f}"], {}
+    memory, memory_environment = versions.cpu_memory_arguments(launch.version, plan.kv_bytes)
+    if any(flag.startswith(("--tensor-parallel", "-tp", "--distributed-executor", "--pipeline")) for flag in launch.more):
+        return memory, memory_environment
+    process, process_environment = versions.one_process_arguments(launch.version, launch.device.cores)
+    return memory + process, memory_environment | process_environment
+
+
+def environment(launch: Launch, home: Home, owner: tuple[int, float]) -> dict[str, str]:
+    """The engine's environment: the user's, and what makes the engine private, quiet and repeatable."""
+    ours = {
+        "VLLM_CACHE_ROOT": str(home.cache / "vllm"),  # it can hold code that is executed: nobody else may write there
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",  # the model is a complete folder: no question to a hub, no wait for one
+        "VLLM_CONFIGURE_LOGGING": "1",
+        "PYTHONUNBUFFERED": "1",
+        MARKER: marker(home, owner),
+    }
+    # An API key in the environment would lock our own clients out, and 0.25 writes it into its cache folder.
+    kept = {key: value for key, value in os.environ.items() if key != "VLLM_API_KEY"}
+    return device_arguments(launch)[1] | kept | ours
+
+
+class Engine:
+    """A running engine: its guard, its log, and the end of both.
+
+    Lines of the log arrive in `lines` as (seconds since the start, text); None is the last one.
+    """
+
+    def __init__(self, launch: Launch, home: Home) -> None:
+        owner = process_identity(os.getpid())
+        self.home = home
+        self.log = open_log(home, launch.port)
+        self.lines: queue.SimpleQueue[tuple[float, str] | None] = queue.SimpleQueue()
+        self.last: deque[str] = deque(maxlen=LAST_LINES)
+        self.started = time.monotonic()
+        read_end, self.pipe = os.pipe()
+        command = [sys.executable, "-I", "-S", str(GUARD), str(read_end), str(GRACE_S), *arguments(launch)]
+        home.ensure(home.cache / "vllm")
+        self.guard = subprocess.Popen(
+            command,
+            env=environment(launch, home, owner),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=(read_end,),
+            start_new_session=True,
+            text=True,
+            errors="replace",
+        )
+        os.close(read_end)
+        self.identity = process_identity(self.guard.pid)
+        self.trace = EngineTrace(launch.port, owner, self.identity)
+        self.trace.write(home)
+        self.drain = threading.Thread(target=self.copy_log, name="engine log", daemon=True)
+        self.drain.start()
+
+    def copy_log(self) -> None:
+        """Everything the engine says, into the log file and the queue, so that its pipe never fills up."""
+        assert self.guard.stdout is not None
+        with self.log:
+            for line in self.guard.stdout:
+                with contextlib.suppress(OSError):  # a full disk must not stop the engine
+                    self.log.write(line)
+                    self.log.flush()
+                self.last.append(line.rstrip())
+                self.lines.put((time.monotonic() - self.started, line.rstrip()))
+        self.lines.put(None)
+
+    @property
+    def status(self) -> int | None:
+        """Exit status of the engine, which the guard passes on; None while it runs."""
+        return self.guard.poll()
+
+    def wait(self, seconds: float) -> int | None:
+        """Wait for its end, at most `seconds`."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.guard.wait(seconds)
+        return None
+
+    def stop(self) -> None:
+        """End every process of the engine, by force where it has to be. Does nothing the second time."""
+        if self.pipe >= 0:
+            os.close(self.pipe)
+            self.pipe = -1
+        if self.wait(GRACE_S + 3) is None:
+            self.guard.send_signal(signal.SIGKILL)
+            self.guard.wait()
+        end_processes([session_of(self.trace)])  # nothing, unless the guard was killed
+        self.trace.path(self.home).unlink(missing_ok=True)
+        self.drain.join(1)
+
+
+def open_log(home: Home, port: int) -> IO[str]:
+    """A new log file that only its owner can read: engines may log what users wrote. The oldest ones are removed."""
+    folder = home.ensure(home.logs)
+    old = sorted(folder.glob("serve-*.log"), key=lambda path: path.stat().st_mtime)[: -LOGS_KEPT + 1]
+    for path in old:
+        path.unlink(missing_ok=True)
+    path = folder / f"serve-{time.strftime('%Y%m%d-%H%M%S')}-{port}-{os.getpid()}.log"
+    with os_errors("writing", path):
+        return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", encoding="utf-8")

