@@ -192,7 +192,7 @@ def check_base(base: Base, adapter: Adapter) -> None:
 
 
 def name_base(base: Base, adapters: list[Adapter]) -> tuple[str, ...]:
-    """Names that the base answers to: `base`, its hub id if it has one, its short name. UsageError when one is taken."""
+    """Names that the base answers to: `base`, its hub id if it has one, its short name; without those of adapters."""
     hub_id = (base.model,) if base.revision else ()
     names = tuple(dict.fromkeys((BASE_ALIAS, *hub_id, base.short_name)))
     taken = {adapter.manifest.name for adapter in adapters}

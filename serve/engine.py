@@ -75,7 +75,9 @@ def lora_arguments(launch: Launch) -> list[str]:
     if not launch.adapters:
         return []
     modules = [
-        json.dumps({"name": adapter.manifest.name, "path": str(adapter.folder), "base_model_name": launch.base_names[0]})
+        json.dumps(
+            {"name": adapter.manifest.name, "path": str(adapter.folder), "base_model_name": launch.base_names[0]}
+        )
         for adapter in launch.adapters
     ]
     slots = ["--max-loras", str(launch.plan.slots), "--max-lora-rank", str(launch.plan.rank)]
@@ -90,7 +92,9 @@ def device_arguments(launch: Launch) -> tuple[list[str], dict[str, str]]:
     if plan.kv_bytes is None:
         return ["--gpu-memory-utilization", f"{plan.share:.2f}"], {}
     memory, memory_environment = versions.cpu_memory_arguments(launch.version, plan.kv_bytes)
-    if any(flag.startswith(("--tensor-parallel", "-tp", "--distributed-executor", "--pipeline")) for flag in launch.more):
+    if any(
+        flag.startswith(("--tensor-parallel", "-tp", "--distributed-executor", "--pipeline")) for flag in launch.more
+    ):
         return memory, memory_environment
     process, process_environment = versions.one_process_arguments(launch.version, launch.device.cores)
     return memory + process, memory_environment | process_environment
@@ -121,7 +125,7 @@ class Engine:
     def __init__(self, launch: Launch, home: Home) -> None:
         owner = process_identity(os.getpid())
         self.home = home
-        self.log = open_log(home, launch.port)
+        self.log_path, self.log = open_log(home, launch.port)
         self.lines: queue.SimpleQueue[tuple[float, str] | None] = queue.SimpleQueue()
         self.last: deque[str] = deque(maxlen=LAST_LINES)
         self.started = time.monotonic()
@@ -182,7 +186,7 @@ class Engine:
         self.drain.join(1)
 
 
-def open_log(home: Home, port: int) -> IO[str]:
+def open_log(home: Home, port: int) -> tuple[Path, IO[str]]:
     """A new log file that only its owner can read: engines may log what users wrote. The oldest ones are removed."""
     folder = home.ensure(home.logs)
     old = sorted(folder.glob("serve-*.log"), key=lambda path: path.stat().st_mtime)[: -LOGS_KEPT + 1]
@@ -190,4 +194,4 @@ def open_log(home: Home, port: int) -> IO[str]:
         path.unlink(missing_ok=True)
     path = folder / f"serve-{time.strftime('%Y%m%d-%H%M%S')}-{port}-{os.getpid()}.log"
     with os_errors("writing", path):
-        return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", encoding="utf-8")
+        return path, os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", encoding="utf-8")

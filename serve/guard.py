@@ -18,9 +18,12 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 POLL_S = 0.05
+LEFTOVER_GRACE_S = 0.5  # for what the engine leaves behind; vLLM ends its own processes
 IGNORED = (signal.SIGINT, signal.SIGHUP)  # they are for `loraport serve`, which then closes the pipe
 
 
@@ -32,11 +35,11 @@ def prctl(option: int, value: int) -> None:
 def descendants() -> list[int]:
     """Process ids of everything below this process, zombies aside, from /proc."""
     children: dict[int, list[tuple[int, str]]] = {}
-    for entry in os.listdir("/proc"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            with open("/proc/%d/stat" % int(entry), encoding="utf-8", errors="replace") as handle:
-                state, parent = handle.read().rpartition(")")[2].split()[:2]
-            children.setdefault(int(parent), []).append((int(entry), state))
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            text = (folder / "stat").read_text(encoding="utf-8", errors="replace")
+            state, parent = text.rpartition(")")[2].split()[:2]
+            children.setdefault(int(parent), []).append((int(folder.name), state))
     found: list[int] = []
     waiting = [os.getpid()]
     while waiting:
@@ -66,29 +69,26 @@ def reap(engine: int) -> int | None:
     return status
 
 
-def wait_gone(engine: int, seconds: float) -> tuple[bool, int | None]:
-    """Wait until nothing is left below, at most `seconds`; return whether that is so, and the engine's status."""
-    end = time.monotonic() + seconds
-    status = None
-    while True:
-        reaped = reap(engine)
-        status = reaped if status is None else status
-        if not descendants():
-            return True, status
-        if time.monotonic() > end:
-            return False, status
-        time.sleep(POLL_S)
-
-
-def end_all(engine: int, grace: float) -> int | None:
-    """End the engine in order, then by force; return its wait status, if it was still to get."""
+def end_engine(engine: int, grace: float) -> None:
+    """Ask the engine to end; then ask what is left; then force it. Each step begins when the one before is done."""
     send([engine], signal.SIGTERM)
-    gone, status = wait_gone(engine, grace)
-    while not gone:
+    if wait_for(lambda: engine not in descendants(), grace):
+        send(descendants(), signal.SIGTERM)
+        wait_for(lambda: not descendants(), LEFTOVER_GRACE_S)
+    while descendants():
         send(descendants(), signal.SIGKILL)
-        gone, late = wait_gone(engine, 1.0)
-        status = late if status is None else status
-    return status
+        wait_for(lambda: not descendants(), LEFTOVER_GRACE_S)
+
+
+def wait_for(done: Callable[[], bool], seconds: float) -> bool:
+    """Collect children until `done`, at most `seconds`; return whether it is."""
+    end = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > end:
+            return False
+        time.sleep(POLL_S)
+        reap(0)
+    return True
 
 
 def start(command: list[str]) -> int:
@@ -103,7 +103,7 @@ def start(command: list[str]) -> int:
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         os.execvp(command[0], command)
     except OSError as error:
-        os.write(2, ("%s: %s\n" % (command[0], error.strerror)).encode())
+        os.write(2, f"{command[0]}: {error.strerror}\n".encode())
     os._exit(127)
 
 
@@ -128,12 +128,9 @@ def main(pipe: int, grace: float, command: list[str]) -> int:
         status = reap(engine)
         if status is not None or stop or pipe in ready:
             break
+    end_engine(engine, grace)
     if status is None:
-        end_all(engine, grace)
         return 0
-    send(descendants(), signal.SIGTERM)
-    if not wait_gone(engine, 1.0)[0]:
-        end_all(engine, 0)
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
 

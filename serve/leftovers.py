@@ -18,7 +18,7 @@ from loraport.clients.endpoint import is_alive
 from loraport.clients.home import Home, write_json
 
 MARKER = "LORAPORT_ENGINE"
-GRACE_S = 5.0
+GRACE_S = 2.0
 
 
 @dataclass(frozen=True)

@@ -106,27 +106,34 @@ class Plan:
 
 def read_shape(config: dict[str, Any], weight_bytes: int) -> Shape | None:
     """The shape in a config.json; None for an architecture that does not say it in the usual words."""
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    first = lambda *names: next((text[name] for name in names if text.get(name)), None)  # noqa: E731
-    layers, hidden = first("num_hidden_layers", "n_layer"), first("hidden_size", "n_embd")
-    heads = first("num_attention_heads", "n_head")
+    nested = config.get("text_config")  # of a model that also sees or hears
+    text = config | nested if isinstance(nested, dict) else config
+    layers, hidden, heads = (find(text, *names) for names in (LAYERS, HIDDEN, HEADS))
     if not (layers and hidden and heads):
         return None
-    latent = (text.get("kv_lora_rank") or 0) + (text.get("qk_rope_head_dim") or 0) if text.get("kv_lora_rank") else 0
     return Shape(
         layers=layers,
         hidden=hidden,
         heads=heads,
-        kv_heads=first("num_key_value_heads") or heads,
-        head_dim=first("head_dim") or hidden // heads,
-        intermediate=first("intermediate_size", "n_inner") or 4 * hidden,
-        experts=first("num_experts", "num_local_experts", "n_routed_experts") or 1,
-        vocabulary=first("vocab_size") or 0,
-        latent=latent,
-        longest=first("max_position_embeddings", "n_positions", "max_seq_len"),
-        dtype=str(first("dtype", "torch_dtype") or config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
+        kv_heads=find(text, "num_key_value_heads") or heads,
+        head_dim=find(text, "head_dim") or hidden // heads,
+        intermediate=find(text, "intermediate_size", "n_inner") or 4 * hidden,
+        experts=find(text, "num_experts", "num_local_experts", "n_routed_experts") or 1,
+        vocabulary=find(text, "vocab_size") or 0,
+        latent=sum(find(text, name) or 0 for name in LATENT) if find(text, *LATENT[:1]) else 0,
+        longest=find(text, "max_position_embeddings", "n_positions", "max_seq_len"),
+        dtype=str(text.get("dtype") or text.get("torch_dtype") or "bfloat16"),
         weight_bytes=weight_bytes,
     )
+
+
+LAYERS, HIDDEN = ("num_hidden_layers", "n_layer"), ("hidden_size", "n_embd")
+HEADS, LATENT = ("num_attention_heads", "n_head"), ("kv_lora_rank", "qk_rope_head_dim")
+
+
+def find(config: dict[str, Any], *names: str) -> int | None:
+    """The first of these keys that holds a positive whole number."""
+    return next((config[name] for name in names if isinstance(config.get(name), int) and config[name] > 0), None)
 
 
 def plan(wanted: Wanted, shape: Shape, adapters: list[Manifest], device: Device) -> Plan:

@@ -23,11 +23,13 @@ POLL_S = 0.2
 # A line is worth a line of its own in a log file when it took this long.
 WORTH_A_LINE_S = 1.0
 SHOWN_LINES = 12
-PREFIX = re.compile(r"^(?:\([\w-]+(?: pid=\d+)?\) )?(?:(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d:-]+ [\d:]+ )?(?:\[[\w.]+:\d+\] )?")
+PREFIX = re.compile(
+    r"^(?:\([\w-]+(?: pid=\d+)?\) )?(?:(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d:-]+ [\d:]+ )?(?:\[[\w.]+:\d+\] )?"
+)
 EXCEPTION = re.compile(r"^\s*(?:[\w.]+\.)?\w*(?:Error|Exception|Exit|Interrupt|Killed)\b(?::|$)")
 NOISE = re.compile(
-    r"resource_tracker|warnings\.warn|\[shutdown\]|Engine core initialization failed|^\s*(?:File \"|\^+|~+|raise |return )"
-    r"|^Traceback|^\s*$|^Route: |Loading safetensors checkpoint shards|WARNING"
+    r"resource_tracker|warnings\.warn|\[shutdown\]|Engine core initialization failed"
+    r"|^\s*(?:File \"|\^+|~+|raise |return )|^Traceback|^\s*$|^Route: |Loading safetensors checkpoint shards|WARNING"
 )
 
 
@@ -130,7 +132,7 @@ def explain_death(engine: Engine, when: str) -> EngineError:
     status = engine.status or 0
     how = f"was killed by signal {status - 128}" if status > 128 else f"stopped with status {status}"
     killed = "it may have run out of memory: `dmesg` says so; " if status == 137 else ""
-    return EngineError(f"the engine {how} {when}.", f"{killed}all it said is in {engine.log.name}", evidence)
+    return EngineError(f"the engine {how} {when}.", f"{killed}all it said is in {engine.log_path}", evidence)
 
 
 def last_words(lines: list[str]) -> list[str]:

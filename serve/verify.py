@@ -119,7 +119,8 @@ def compare(expected: Reply, served: Served, tolerance: float, start: int = 0) -
 
 def replay(replayer: Replayer, model: str, prompt: list[int], expected: Reply, tolerance: float) -> Outcome:
     """Ask `model` for one recorded reply, going on behind each position at which training was undecided."""
-    start, difference, ties = 0, 0.0, []
+    start, difference = 0, 0.0
+    ties: list[int] = []
     while True:
         more = len(expected.tokens) - start + (1 if expected.stopped else 0)
         served = replayer.ask(model, prompt + expected.tokens[:start], more)

@@ -82,12 +82,12 @@ PHASES: tuple[tuple[str, str], ...] = (
     ("worker", r"Initializing a V1 LLM engine"),
     ("weights", r"Starting to load model"),
     ("LoRA slots", r"Loading weights took"),
-    ("compilation", r"Start compiling|Dynamo bytecode transform time|Using cache directory: .*torch_compile_cache"),
-    ("profiling", r"torch\.compile took|Initial profiling/warmup run took|Model loading took .* seconds"),
-    ("KV cache", r"(?:GPU|CPU) KV cache size|Available KV cache memory"),
-    ("graph capture", r"Capturing CUDA graphs?"),
-    ("warm-up", r"Graph capturing finished|init engine .* took"),
-    ("front end", r"Supported tasks|Supported_tasks|Starting vLLM (?:API )?server"),
+    ("compilation", r"Model loading took|Start compiling|Dynamo bytecode transform time"),
+    ("profiling", r"torch\.compile took"),
+    ("KV cache", r"Initial profiling/warmup run took|Available KV cache memory|CPU KV cache size"),
+    ("graph capture", r"GPU KV cache size|Capturing CUDA graph"),
+    ("warm-up", r"Graph capturing finished"),
+    ("front end", r"init engine .* took|Supported[ _]tasks|Starting vLLM (?:API )?server"),
 )
 PATTERNS = tuple((name, re.compile(pattern)) for name, pattern in PHASES if pattern)
 
@@ -189,5 +189,7 @@ def explain(lines: list[str]) -> Failure | None:
     for failure in FAILURES:
         found = re.search(failure.pattern, text, re.MULTILINE)
         if found:
-            return Failure(failure.pattern, failure.message.format(*found.groups()), failure.hint.format(*found.groups()))
+            return Failure(
+                failure.pattern, failure.message.format(*found.groups()), failure.hint.format(*found.groups())
+            )
     return None

@@ -1,0 +1,199 @@
+"""`loraport serve`, from top to bottom: check, plan, start, verify, tell, watch, stop.
+
+check    port, adapters, base, names, disk                       1-2 s, nothing started     checks.py
+plan     context, memory, requests, slots; each with its reason                             plan.py
+start    the engine under its guard; phases shown                20-60 s on two cores       engine.py, startup.py
+verify   golden replies replayed through the endpoint            a second or two            verify.py
+tell     base URL, models, lines to copy; the record for the other commands                 report.py
+watch    until Ctrl-C, SIGTERM, or the engine's death; then everything is ended
+"""
+
+import os
+import shlex
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+from loraport.clients.endpoint import EndpointRecord, process_identity
+from loraport.clients.errors import BaseModelError
+from loraport.clients.home import Home, require_disk, write_json
+from loraport.clients.terminal import console, print_json, say
+from loraport.serve import checks, report, versions
+from loraport.serve.engine import DEFAULT_COMMAND, Engine, Launch
+from loraport.serve.hardware import Device, read_device
+from loraport.serve.leftovers import end_leftovers
+from loraport.serve.plan import Plan, Wanted, plan, read_shape
+from loraport.serve.startup import explain_death, wait_ready
+from loraport.serve.verify import Verified, verify
+from loraport.train.adapters import Adapter
+from loraport.train.base_model import Base
+
+WATCH_S = 1.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked `loraport serve` for."""
+
+    adapters: list[str]
+    model: str | None
+    host: str
+    port: int
+    wanted: Wanted
+    engine_command: str | None
+    more: list[str]
+    json: bool
+
+
+class Stop(BaseException):
+    """Ctrl-C or SIGTERM. Not an Exception, so that nothing on the way takes it for a failure."""
+
+
+def serve(request: Request, home: Home) -> None:
+    """Serve until a signal comes; any of LoraportError when it cannot, or can no longer."""
+    began = time.monotonic()
+    try:
+        with stop_signals():
+            launch = prepare(request, home)
+            say_plan(launch)
+            run(launch, request, home, began)
+    except Stop:
+        say("stopped.")
+
+
+def prepare(request: Request, home: Home) -> Launch:
+    """Everything that can be known before the engine is started."""
+    ended = end_leftovers(home)
+    if ended:
+        say(f"ended {ended} process{'es' if ended > 1 else ''} that an earlier `loraport serve` left behind.", "yellow")
+    checks.check_port(request.host, request.port, home)
+    command = tuple(shlex.split(request.engine_command)) if request.engine_command else DEFAULT_COMMAND
+    version = versions.engine_version(list(command), is_ours=request.engine_command is None)
+    adapters = checks.open_adapters(home, request.adapters, version)
+    base = checks.find_base(request.model, adapters)
+    device = read_device()
+    require_disk(home.cache, checks.GPU_CACHE_BYTES if device.kind == "cuda" else checks.CACHE_BYTES, "the engine")
+    chosen = make_plan(request.wanted, base, adapters, device)
+    checks.check_golden_fit(adapters, chosen.context)
+    names = checks.name_base(base, adapters)
+    launch = Launch(command, version, base, names, tuple(adapters), chosen, device, request.host, request.port)
+    return replace(launch, generation_config=write_generation_config(launch, home), more=tuple(request.more))
+
+
+def make_plan(wanted: Wanted, base: Base, adapters: list[Adapter], device: Device) -> Plan:
+    """The plan; BaseModelError where config.json does not say what one needs."""
+    shape = read_shape(base.config, base.weight_bytes)
+    if shape is None:
+        raise BaseModelError(
+            f"{base.folder / 'config.json'} does not say how many layers and heads the model has.",
+            "serve a decoder model; is this a model's folder?",
+        )
+    return plan(wanted, shape, [adapter.manifest for adapter in adapters], device)
+
+
+def write_generation_config(launch: Launch, home: Home) -> Path | None:
+    """A folder with the base's generation_config.json plus the adapters' stop tokens, where the base lacks them."""
+    config = checks.stop_token_config(launch.base, list(launch.adapters))
+    if config is None:
+        return None
+    folder = home.ensure(home.cache / "generation" / str(launch.port))
+    write_json(folder / "generation_config.json", config)
+    return folder
+
+
+def say_plan(launch: Launch) -> None:
+    """What was chosen, and why."""
+    say(f"base {launch.base.short_name} on {launch.device.name}", "bold")
+    width = max(len(choice.name) for choice in launch.plan.choices)
+    for choice in launch.plan.choices:
+        say(f"  {choice.name:{width}}  {choice.value}  ({choice.reason})")
+    if launch.generation_config:
+        say("  the adapters' stop tokens were added to those of the base")
+    for warning in launch.plan.warnings:
+        say(warning, "yellow")
+
+
+def run(launch: Launch, request: Request, home: Home, began: float) -> None:
+    """Start, verify, tell and watch; whatever happens, nothing is left running."""
+    engine = Engine(launch, home)
+    record = None
+    try:
+        say(f"  log         {engine.log_path}")
+        url = report.base_url(launch)
+        names = [adapter.manifest.name for adapter in launch.adapters]
+        timeline = wait_ready(engine, url, [*launch.base_names, *names])
+        verified = verify_all(launch, url)
+        record = EndpointRecord(
+            base_url=url,
+            port=launch.port,
+            models=[*launch.base_names, *names],
+            adapters=names,
+            max_model_len=launch.plan.context,
+            process=process_identity(os.getpid()),
+            engine=engine.identity,
+        )
+        record.write(home)
+        ready = report.Ready(launch, url, verified, timeline.seconds, time.monotonic() - began)
+        if request.json:
+            print_json(report.as_json(ready))
+        report.say_ready(ready)
+        watch(engine)
+    finally:
+        with ignored_signals():
+            if record:
+                record.path(home).unlink(missing_ok=True)
+            stop(engine)
+
+
+def verify_all(launch: Launch, url: str) -> list[Verified]:
+    """Replay every adapter's golden replies; the first that fails ends the start."""
+    return [verify(url, adapter.manifest, launch.plan.dtype) for adapter in launch.adapters]
+
+
+def watch(engine: Engine) -> None:
+    """Wait for a signal, which ends this as Stop, or for the engine's death, which is an EngineError."""
+    while engine.wait(WATCH_S) is None:
+        while not engine.lines.empty():  # the log file has them; this queue must not grow
+            engine.lines.get()
+    engine.drain.join(2)
+    raise explain_death(engine, "while serving")
+
+
+def stop(engine: Engine) -> None:
+    """End the engine and say so where it takes a while."""
+    if engine.status is None:
+        with console.status("stopping the engine"):
+            engine.stop()
+    else:
+        engine.stop()
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """Turn Ctrl-C, SIGTERM and the end of the terminal into Stop."""
+
+    def raise_stop(number: int, frame: FrameType | None) -> None:
+        raise Stop
+
+    before = {number: signal.signal(number, raise_stop) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def ignored_signals() -> Iterator[None]:
+    """Let nothing interrupt the clean-up, which ends by itself within seconds."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
