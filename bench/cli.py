@@ -62,14 +62,20 @@ def eval(
 
 
 def choose_models(url: str, wanted: list[str]) -> list[str]:
-    """The models to ask, each once; all of the endpoint's where none is wanted. UsageError when one is not there."""
+    """The models to ask, each once; all of the endpoint's where none is wanted, a second name aside.
+
+    Raises UsageError when one is not there.
+    """
     from loraport.clients.models import check_model, connect, list_models
 
     with connect(url, timeout_s=30, retries=1) as client:
         cards = list_models(client)
-    if not wanted and len(cards) > MOST_MODELS:
-        raise UsageError(f"{url} has {len(cards)} models.", "choose: --model NAME, once for each")
-    return list(dict.fromkeys(check_model(cards, name) for name in wanted or [card.id for card in cards]))
+    if wanted:
+        return list(dict.fromkeys(check_model(cards, name) for name in wanted))
+    all_models = list({card.root or card.id: card.id for card in reversed(cards)}.values())[::-1]
+    if len(all_models) > MOST_MODELS:
+        raise UsageError(f"{url} has {len(all_models)} models.", "choose: --model NAME, once for each")
+    return all_models
 
 
 def ask_with_progress(run: "Evaluation") -> LoraportError | KeyboardInterrupt | None:

@@ -1,8 +1,8 @@
 """Aider, pointed at an endpoint: which model, how long its context is, and nothing that needs the internet.
 
 Aider knows a model by two files that we write into home's cache: its metadata (context length; without an entry Aider
-asks the internet and then assumes nothing) and its settings (how to edit; which model writes commit messages). Replies
-get no `max_tokens`: the rest of the context is theirs. Prompts are held below the context by RESERVED_SHARE of it.
+asks the internet and then assumes nothing) and its settings (how to edit; which model writes commit messages). A part
+of the context is kept for the reply, and the reply is held to it: a model that does not stop costs no more than that.
 
     >>> command(Path("/usr/bin/aider"), endpoint, Path("~/.loraport/cache/aider/1f0c"), ["--message", "add a test"])
     ['/usr/bin/aider', '--model', 'openai/demo', ..., '--message', 'add a test']
@@ -41,18 +41,24 @@ def find_aider() -> Path:
     return Path(found)
 
 
+def reply_tokens(context: int) -> int:
+    """The part of a context of so many tokens that is kept for the reply."""
+    return min(context // RESERVED_SHARE, MOST_RESERVED)
+
+
 def metadata(endpoint: Endpoint) -> dict[str, Any]:
     """Aider's metadata of every model of the endpoint; prices are 0 so that it prints no costs of its own making."""
     card: dict[str, Any] = {"litellm_provider": "openai", "mode": "chat"}
     card |= {"input_cost_per_token": 0, "output_cost_per_token": 0}
     if endpoint.context:
-        reply = min(endpoint.context // RESERVED_SHARE, MOST_RESERVED)
+        reply = reply_tokens(endpoint.context)
         card |= {"max_input_tokens": endpoint.context - reply, "max_output_tokens": reply, "max_tokens": reply}
     return {f"openai/{name}": card for name in endpoint.models}
 
 
 def settings(endpoint: Endpoint) -> list[dict[str, Any]]:
     """Aider's settings of every model: whole files as edits (what small models manage), itself as the weak model."""
+    limits = {"extra_params": {"max_tokens": reply_tokens(endpoint.context)}} if endpoint.context else {}
     return [
         {
             "name": f"openai/{name}",
@@ -60,6 +66,7 @@ def settings(endpoint: Endpoint) -> list[dict[str, Any]]:
             "weak_model_name": f"openai/{name}",
             "editor_model_name": f"openai/{name}",
             "use_repo_map": (endpoint.context or 0) >= USEFUL_CONTEXT,
+            **limits,
         }
         for name in endpoint.models
     ]

@@ -9,6 +9,7 @@ closed, and with it the server's work on it.
 """
 
 import contextlib
+import io
 import sys
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
@@ -138,6 +139,8 @@ class Terminal:
         """Read and answer until the input ends or /exit."""
         if self.interactive:
             say(f"{self.chat.model} at {self.chat.base_url}: /help lists commands, Ctrl-D ends", "dim")
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # what is not UTF-8 cannot be sent as JSON
         for line in self.lines():
             if line == "/exit":
                 break

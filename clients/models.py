@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """A line of /v1/models: name, context length in tokens if said, and the base an adapter belongs to if said."""
+    """A line of /v1/models: name, and if said the context in tokens, an adapter's base, and where the weights lie.
+
+    Two names with one `root` are one model.
+    """
 
     id: str
     max_model_len: int | None = None
     parent: str | None = None
+    root: str | None = None
 
 
 def connect(base_url: str, timeout_s: float = 600, retries: int = 0) -> "OpenAI":
@@ -56,7 +60,7 @@ def list_models(client: "OpenAI") -> list[ModelCard]:
 
 def read_card(card: dict[str, Any]) -> ModelCard:
     """One object of /v1/models."""
-    return ModelCard(str(card["id"]), card.get("max_model_len"), card.get("parent"))
+    return ModelCard(str(card["id"]), card.get("max_model_len"), card.get("parent"), card.get("root"))
 
 
 def context_length(cards: Sequence[ModelCard], model: str) -> int | None:
