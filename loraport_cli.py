@@ -13,7 +13,7 @@ import typer
 # command -> (module, first line of its help). A module's function has the command's name with _ for -.
 COMMANDS = {
     "train": ("loraport.train.cli", "Train a LoRA adapter on rows and prove it."),
-    "serve": ("loraport.serve.cli", "Answer with a base model and its adapters on one OpenAI-compatible URL."),
+    "serve": ("loraport.serve.cli", "Serve a base and its adapters on one OpenAI-compatible URL."),
     "eval": ("loraport.bench.cli", "Measure success and stop rate of models on held-out rows."),
     "adapters": ("loraport.train.cli", "List the adapters on this machine, or show one."),
     "chat": ("loraport.clients.cli", "Chat with a model of an endpoint in the terminal."),

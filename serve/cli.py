@@ -59,7 +59,7 @@ def serve(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document when ready.")] = False,
 ) -> None:
-    """Answer with a base model and its adapters on one OpenAI-compatible URL."""
+    """Serve a base and its adapters on one OpenAI-compatible URL."""
     from loraport.serve.plan import BYTES, Wanted
     from loraport.serve.serve import Request
     from loraport.serve.serve import serve as run

@@ -23,6 +23,8 @@ SMALLEST_CONTEXT = 2_048
 # A CPU reads some hundred tokens a second: a longer prompt would take minutes, and its cache is memory for nothing.
 CPU_CONTEXT = 32_768
 CPU_REQUESTS, GPU_REQUESTS = 16, 256
+# A CPU has cache for so many requests of full length; shorter ones share it, what does not fit waits.
+CPU_FULL_REQUESTS = 4
 MOST_SLOTS = 8
 GPU_SHARE, CPU_SHARE = 0.92, 0.6
 # Beside weights, KV cache and LoRA slots. GPU: activations of a profiling run and CUDA graphs; an 8B model on one H200
@@ -272,12 +274,12 @@ def choose_requests(wanted: Wanted, device: Device) -> Choice:
 
 
 def kv_cache_bytes(context: int, requests: int, budget: int, shape: Shape, each: int) -> int:
-    """KV cache on a CPU: all requests at full length where that fits, in whole MiB.
+    """KV cache on a CPU: some requests at full length where that fits, in whole MiB.
 
     Not all that is free, as on a GPU: the machine runs other programs, and the cache is written with zeros at start.
     One block more than the requests need, because vLLM keeps one for itself.
     """
-    blocks = requests * -(-context // BLOCK) + 1
+    blocks = min(requests, CPU_FULL_REQUESTS) * -(-context // BLOCK) + 1
     wanted = blocks * BLOCK * shape.kv_bytes_per_token(each)
     return -(-min(wanted, budget) // MIB) * MIB
 

@@ -128,6 +128,7 @@ def run(launch: Launch, request: Request, home: Home, began: float) -> None:
         names = [adapter.manifest.name for adapter in launch.adapters]
         timeline = wait_ready(engine, url, [*launch.base_names, *names])
         verified = verify_all(launch, url)
+        timeline.see_end("verification", time.monotonic() - engine.started)
         record = EndpointRecord(
             base_url=url,
             port=launch.port,
@@ -152,7 +153,8 @@ def run(launch: Launch, request: Request, home: Home, began: float) -> None:
 
 def verify_all(launch: Launch, url: str) -> list[Verified]:
     """Replay every adapter's golden replies; the first that fails ends the start."""
-    return [verify(url, adapter.manifest, launch.plan.dtype) for adapter in launch.adapters]
+    with console.status("replaying recorded replies"):
+        return [verify(url, adapter.manifest, launch.plan.dtype) for adapter in launch.adapters]
 
 
 def watch(engine: Engine) -> None:

@@ -60,9 +60,10 @@ class Timeline:
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + at - self.begun
         self.begun = at
 
-    def summary(self) -> str:
-        """The phases that took a tenth of a second or more, in words."""
-        return ", ".join(f"{name} {spent:.1f}" for name, spent in self.seconds.items() if spent >= 0.1)
+    def see_end(self, name: str, at: float) -> None:
+        """Add a phase that is not the engine's own, from the last end until `at`."""
+        self.seconds[name] = at - self.begun
+        self.begun = at
 
 
 def wait_ready(engine: Engine, base_url: str, models: list[str]) -> Timeline:

@@ -15,6 +15,7 @@ import json
 import re
 import threading
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
@@ -23,26 +24,30 @@ from urllib.parse import unquote, urlsplit
 LARGE = 100_000  # bytes; larger files are "LFS": elsewhere, by redirect
 
 
+@lru_cache
+def digest(kind: str, content: bytes) -> str:
+    """Hash in hexadecimal, computed once."""
+    return hashlib.new(kind, content).hexdigest()
+
+
 @dataclass
 class Repository:
-    """A model's files under one commit. `cut_after`: a file's transfer breaks after so many bytes, `cuts` times."""
+    """A model's files under one commit. `cuts`: the coming transfers break after so many bytes."""
 
     files: dict[str, bytes]
     gated: bool = False
-    cut_after: int | None = None
-    cuts: int = 0
-    claimed_bytes: dict[str, int] = field(default_factory=dict)  # sizes in the file list, where they shall be others
+    cuts: list[int] = field(default_factory=list)
 
     @property
     def commit(self) -> str:
         """A commit hash that changes with the files."""
-        return hashlib.sha1(repr(sorted(self.files.items())).encode()).hexdigest()
+        return digest("sha1", "".join(name + digest("sha1", self.files[name]) for name in self.files).encode())
 
     def entry(self, name: str) -> dict[str, Any]:
         """A file as the hub's API describes it."""
         content = self.files[name]
-        oid, size = hashlib.sha1(content).hexdigest(), self.claimed_bytes.get(name, len(content))
-        sha256 = hashlib.sha256(content).hexdigest()  # "oid" in the tree, "sha256" in the model info
+        oid, size = digest("sha1", content), len(content)
+        sha256 = digest("sha256", content)  # "oid" in the tree, "sha256" in the model info
         large = {"oid": sha256, "sha256": sha256, "size": size, "pointerSize": 130}
         return {"type": "file", "path": name, "oid": oid, "size": size} | ({"lfs": large} if size > LARGE else {})
 
@@ -170,9 +175,8 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if repository.cuts and repository.cut_after is not None and len(content) > LARGE:
-            repository.cuts -= 1
-            self.wfile.write(content[first : first + repository.cut_after])
+        if repository.cuts and len(content) > LARGE:
+            self.wfile.write(content[first : first + repository.cuts.pop(0)])
             self.close_connection = True
             return
         self.wfile.write(content[first:])

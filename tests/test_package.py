@@ -15,7 +15,7 @@ ROOMS = ("bench", "clients", "serve", "train")
 # room -> rooms whose modules it may import; see docs/design.md
 MAY_IMPORT = {"clients": set(), "train": {"clients"}, "bench": {"clients"}, "serve": {"clients", "train"}}
 # Of `train`, serving reads only what needs no torch.
-TRAIN_FOR_SERVE = {"adapters", "base_model", "config", "manifest"}
+TRAIN_FOR_SERVE = {"adapters", "base_model", "config", "manifest", "weights"}
 HEAVY = {"torch", "transformers", "peft", "vllm", "datasets", "bitsandbytes", "accelerate"}
 TORCH_MODULES = {"train/trainer.py", "train/golden.py", "train/progress.py"}  # imported only by a training run
 

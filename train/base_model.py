@@ -131,7 +131,17 @@ def download(model: str, revision: str | None) -> Base:
         )
     except refusals as error:
         raise explain_download(error, model, revision) from error
+    finally:
+        close_bars()
     return Base(model, Path(folder), Path(folder).name)
+
+
+def close_bars() -> None:
+    """Close the progress bars that huggingface_hub leaves open, in the way of what is printed next."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -45,12 +45,20 @@ def decode_greedily(model: Any, encoder: Encoder, prompt: list[int], most: int) 
 
 
 def golden_replies(model: Any, encoder: Encoder, prompts: list[list[int]]) -> list[Golden]:
-    """Replies of adapter and base to each prompt. `model`: a PeftModel, whose adapter is switched off for the base."""
+    """Replies of adapter and base to GOLDEN_PROMPTS of `prompts`, those first on which the two differ.
+
+    A prompt that both answer alike proves nothing about the adapter. `model`: a PeftModel, whose adapter is switched
+    off for the base.
+    """
     model.eval()
-    replies = []
+    telling: list[Golden] = []
+    alike: list[Golden] = []
     for prompt in prompts:
         adapter = greedy_reply(model, encoder, prompt, GOLDEN_TOKENS)
         with model.disable_adapter():
             base = greedy_reply(model, encoder, prompt, GOLDEN_TOKENS)
-        replies.append(Golden(prompt_tokens=prompt, adapter=adapter, base=base))
-    return replies
+        found = telling if adapter.tokens != base.tokens else alike
+        found.append(Golden(prompt_tokens=prompt, adapter=adapter, base=base))
+        if len(telling) == GOLDEN_PROMPTS:
+            break
+    return [*telling, *alike][:GOLDEN_PROMPTS]

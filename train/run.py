@@ -280,12 +280,12 @@ def micro_batch_rows(config: RunConfig, longest: int) -> int:
 
 def prove(model: Any, encoder: Encoder, eval_rows: list[Row]) -> tuple[list[Golden], dict[str, float]]:
     """Golden replies, and how many of a sample of held-out rows the adapter answers and ends by itself."""
-    from loraport.train.golden import GOLDEN_PROMPTS, LONGEST_PROMPT, golden_replies, greedy_reply
+    from loraport.train.golden import LONGEST_PROMPT, golden_replies, greedy_reply
 
     sample = spread(eval_rows, 16)
     prompts = [(encoder.prompt(row), row.reference) for row in sample]
     short = [prompt for prompt, _ in prompts if len(prompt) <= LONGEST_PROMPT] or [min(prompts)[0]]
-    golden = golden_replies(model, encoder, spread(short, GOLDEN_PROMPTS))
+    golden = golden_replies(model, encoder, short)
     replies = [
         greedy_reply(model, encoder, prompt, 32 + 2 * len(encoder.tokenizer(reference)["input_ids"]))
         for prompt, reference in prompts

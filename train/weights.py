@@ -1,4 +1,4 @@
-"""Safetensors files read by their header alone: which tensors there are, and whether the file is whole. No torch here."""
+"""Safetensors files read by their header alone: which tensors they hold, whether they are whole. No torch here."""
 
 import json
 import struct
@@ -23,7 +23,9 @@ def read_safetensors_shapes(path: Path, error_kind: type[Refused]) -> dict[str, 
         end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
         shapes = {name: tuple(entry["shape"]) for name, entry in tensors.items()}
     except FileNotFoundError as error:
-        raise error_kind(f"{path.parent} has no {path.name}.", "the folder is incomplete: make or copy it again") from error
+        raise error_kind(
+            f"{path.parent} has no {path.name}.", "the folder is incomplete: make or copy it again"
+        ) from error
     except (OSError, struct.error, ValueError, AttributeError, KeyError, TypeError) as error:
         raise error_kind(f"{path} is not a whole safetensors file.", "copy, download or train it again") from error
     if size != 8 + length + end:

@@ -1,8 +1,9 @@
 """Build the demo's rows: a question about a documented function, answered from the given context in a given form.
 
-The user turn holds a few documented parameters of a real function, the wanted form of the reply and a question;
-the assistant turn is the reply, `answer [function]`, and nothing else. The held-out rows come from other libraries
-than the training rows, and nothing of them (function, context, question, reply, bare answer) occurs in training.
+The user turn holds a few documented parameters of a real function, the wanted form of the reply and a
+question; the assistant turn is the answer, a line `Source: function`, and nothing else. The held-out rows come
+from other libraries than the training rows, and nothing of them (context, question, reply, bare answer) occurs
+in training.
 
     python -m examples.demo.make_rows --wheels build/corpus/wheels --out examples/demo
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from examples.pretrain.corpus import Function, Parameter, download, harvest, read_sources
 
-FORM = "Reply with the answer, then the function in square brackets."
+FORM = 'Reply with the answer, then name the function as "Source:" on a new line.'
 ASK = {
     "type": ["What is the type of {n} in {f}?", "Which type does {f} expect for {n}?"],
     "default": ["What is the default of {n} in {f}?", "Which value does {f} use when {n} is not given?"],
@@ -49,7 +50,10 @@ class Row:
     def messages(self) -> list[dict[str, str]]:
         """The row as chat messages."""
         user = f"{self.context}\n\n{FORM}\n{self.question}"
-        return [{"role": "user", "content": user}, {"role": "assistant", "content": f"{self.answer} [{self.function}]"}]
+        return [
+            {"role": "user", "content": user},
+            {"role": "assistant", "content": f"{self.answer}\nSource: {self.function}"},
+        ]
 
     @property
     def text(self) -> str:
@@ -62,9 +66,25 @@ def is_sensible(parameter: Parameter) -> bool:
     description, kind = parameter.description, parameter.type
     words = description.split()
     plain = bool(PLAIN_WORDS.match(description)) and 3 <= len(words) <= 12 and len(description) <= 70
-    whole = words[-1].lower() not in {"the", "a", "of", "to", "see", "is", "are", "following", "one"} and not description.endswith(("-", "e.g", "i.e"))
+    whole = words[-1].lower() not in {
+        "the",
+        "a",
+        "of",
+        "to",
+        "see",
+        "is",
+        "are",
+        "following",
+        "one",
+    } and not description.endswith(("-", "e.g", "i.e"))
     text = f"{kind} {parameter.default} {description}"
-    return plain and whole and len(kind) <= 40 and len(parameter.default) <= 20 and not re.search(r"[\"*#~^@]|see |default|deprecated", text.lower())
+    return (
+        plain
+        and whole
+        and len(kind) <= 40
+        and len(parameter.default) <= 20
+        and not re.search(r"[\"*#~^@]|see |default|deprecated", text.lower())
+    )
 
 
 def context_of(function: str, parameters: list[Parameter]) -> str:
@@ -80,7 +100,7 @@ def candidates(functions: list[Function], rng: random.Random) -> Iterator[Row]:
     """Every kind of question about every function: one row of each kind for each window of parameters."""
     for function in functions:
         good = list({p.description: p for p in function.parameters if is_sensible(p)}.values())
-        if not 2 <= len(good) or not 3 <= len(function.name) <= 24:
+        if len(good) < 2 or not 3 <= len(function.name) <= 24:
             continue
         start = rng.randrange(max(1, len(good) - 3))
         window = good[start : start + rng.randint(2, 4)]

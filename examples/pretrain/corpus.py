@@ -67,7 +67,11 @@ def download(requirement: str, folder: Path) -> Path:
     prefix = f"{re.sub(r'[-_.]+', '_', name).lower()}-{version}-"
 
     def found() -> list[Path]:
-        return [w for w in sorted(folder.glob("*.whl")) if w.name.lower().replace(".", "_").startswith(prefix.replace(".", "_"))]
+        return [
+            w
+            for w in sorted(folder.glob("*.whl"))
+            if w.name.lower().replace(".", "_").startswith(prefix.replace(".", "_"))
+        ]
 
     if not found():
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(folder)]

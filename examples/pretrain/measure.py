@@ -65,12 +65,13 @@ def report(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
         ok = stopped and reply.strip() == reference
         total[kind] += 1
         right[kind] += ok
-        bare += reply.strip() == reference.rsplit(" [", 1)[0]
+        bare += reply.strip() == reference.rsplit("\n", 1)[0]
         if not ok:
             failures.append(f"    {reference!r}\n      got {reply!r}{'' if stopped else ' (did not stop)'}")
     kinds = ", ".join(f"{kind} {right[kind]}/{total[kind]}" for kind in sorted(total))
     stops = sum(stopped for _, stopped in answers)
-    print(f"{name}: success {right.total()}/{len(rows)} ({kinds}), stopped {stops}/{len(rows)}, bare answer only {bare}/{len(rows)}")
+    result = f"{name}: success {right.total()}/{len(rows)} ({kinds}), stopped {stops}/{len(rows)}"
+    print(f"{result}, bare answer only {bare}/{len(rows)}")
     print("\n".join(failures[:show]), flush=True)
 
 
@@ -90,7 +91,9 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list
         batches = [order[i : i + args.batch] for i in range(0, len(order), args.batch)]
         for batch in rng.sample(batches, len(batches)):
             width = max(len(ids) for ids, _ in batch)
-            ids_BT = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in batch], device=model.device)
+            ids_BT = torch.tensor(
+                [ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids, _ in batch], device=model.device
+            )
             mask_BT = torch.tensor([mask + [0] * (width - len(mask)) for _, mask in batch], device=model.device)
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(1.0, (step + 1) / (0.1 * steps), (steps - step) / (0.7 * steps))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,10 +187,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=(os.cpu_count() or 2) - 1)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     corpus = Corpus(args.corpus, tokenizer)
-    print(f"{len(corpus.text_ids) / 1e6:.1f}M tokens of text", flush=True)
+    print(f"{len(corpus.text_ids) / 1e6:.1f}M tokens of text")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are processes already
     long_workers = max(1, args.workers // 5)
     batches = {
@@ -205,7 +207,7 @@ def main() -> None:
         for length, workers in ((SHORT, args.workers - long_workers), (LONG, long_workers))
     }
     model = make_model(tokenizer).to(args.device)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     muon, adam = Muon(matrices), torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0)
@@ -232,7 +234,8 @@ def main() -> None:
         step, tokens = step + 1, tokens + ids_BT.numel()
         if step % 50 == 0 or step <= 3:
             seconds = time.monotonic() - start
-            print(f"{seconds:5.0f} s  step {step:5d}  {length} tokens  loss {loss.item():.4f}  {tokens / seconds / 1e6:.2f}M tokens/s", flush=True)
+            speed = tokens / seconds / 1e6
+            print(f"{seconds:5.0f} s  step {step:5d}  {length} tokens  loss {loss.item():.4f}  {speed:.2f}M tokens/s")
 
     model.to(torch.bfloat16).save_pretrained(args.out)
     stops = [tokenizer.eos_token_id, tokenizer.pad_token_id]

@@ -14,7 +14,9 @@ from __future__ import annotations
 import json
 import random
 import re
-from typing import NamedTuple
+
+from examples.pretrain.layouts import LAYOUTS, Entry
+from examples.pretrain.wording import ASK, FACTS, HEADS, SYLLABLES, SYSTEMS
 
 CONTEXT = 0.05  # loss weight of random context and question text
 END = "<|endoftext|>"
@@ -22,70 +24,6 @@ TURN, TURN_END = "<|im_start|>", "<|im_end|>"
 
 Segments = list[tuple[str, float]]
 Questions = list[tuple[str, str]]
-
-SYLLABLES = "ba be bo bra dan del dor el en fal fen gar gil hal hol in jor kal ken kri la lin lo lum mar mer mi mon na nel \
-nor ol or pel per pra qui ra rel ri ron sa sel sim sol ta tel tin tor tra ul um va vel vin vor wa wen wis xan yel zan zor".split()
-SYSTEMS = [
-    "You are a helpful assistant.", "Answer from the text alone.", "You answer questions about documentation.",
-    "Be brief.", "Reply with the answer and nothing else.", "You are a careful reader.",
-]  # fmt: skip
-HEADS = [
-    "Parameters of {f}:", "{f}", "Function {f} takes these parameters.", "Documentation of {f}\n", "{f}(...)", "# {f}",
-    "The options of {f} are:", "Arguments for {f}:", "{f} parameters\n", "class {f}:", "def {f}", "From the manual of {f}:",
-]  # fmt: skip
-ASK = {
-    "type": [
-        "What is the type of {n}?", "What is the type of {n} in {f}?", "Which type does {n} have?", "type of {n}",
-        "What type of value does {f} expect for {n}?", "Of what type is the parameter {n}?", "Give the type of {n}.",
-        "In {f}, what kind of value may {n} be?", "What can {n} be?", "Tell me the type of `{n}`.",
-    ],
-    "default": [
-        "What is the default of {n}?", "What is the default value of {n} in {f}?", "Which default does {n} have?",
-        "default of {n}", "What value does {f} use for {n} when it is not given?", "Give the default of {n}.",
-        "If I leave out {n}, which value is used?", "To what does {n} default?", "Tell me the default of `{n}` in {f}.",
-    ],
-    "description": [
-        "What does {n} mean?", "What is {n} for?", "What does the parameter {n} of {f} do?", "Describe {n}.",
-        "meaning of {n}", "How does {f} describe {n}?", "What is said about {n}?", "Explain the parameter `{n}`.",
-    ],
-    "name": [
-        'Which parameter is described as "{d}"?', "Which parameter of {f} does this describe: {d}?",
-        "Name the parameter: {d}", "What is the name of the parameter for: {d}?", "{d}: which parameter is that?",
-        'Which parameter has the meaning "{d}"?', "Which argument of {f} is meant by '{d}'?",
-    ],
-    "type_by_description": [
-        'What is the type of the parameter described as "{d}"?', "Of what type is the parameter that means: {d}?",
-    ],
-    "default_by_description": [
-        'What is the default of the parameter described as "{d}"?', "Which default belongs to: {d}?",
-    ],
-    "name_by_type": ["Which parameter has the type {t}?", "Which parameter of {f} is of type {t}?", "What is of type {t} here?"],
-    "name_by_default": ["Which parameter has the default {x}?", "Which parameter of {f} is {x} unless given?"],
-    "after": ["Which parameter comes after {n}?", "What parameter follows {n} in the list?"],
-    "before": ["Which parameter comes before {n}?", "What is listed right before {n}?"],
-    "function": ["Which function is this about?", "What is documented here?", "Whose parameters are these?"],
-}  # fmt: skip
-FACTS = [
-    ("{a} lives in {b}.", [("Where does {a} live?", "b"), ("Who lives in {b}?", "a")]),
-    ("The {w} of {a} was built in {y}.", [("When was the {w} of {a} built?", "y"), ("Whose {w} was built in {y}?", "a")]),
-    ("{a} bought {k} {w} from {b}.", [("How many {w} did {a} buy?", "k"), ("From whom did {a} buy {w}?", "b")]),
-    ("In {y}, {a} moved to {b}.", [("When did {a} move to {b}?", "y"), ("Where did {a} move in {y}?", "b")]),
-    ("The code for {a} is {c}.", [("What is the code for {a}?", "c"), ("To whom does the code {c} belong?", "a")]),
-    ("{a}, a {w} from {b}, is {k} years old.", [("How old is {a}?", "k"), ("Where is {a} from?", "b"), ("What is {a}?", "w")]),
-    ("{a} is the {w} of {b}.", [("Who is the {w} of {b}?", "a"), ("What is {a} to {b}?", "w")]),
-    ("The train to {b} leaves at {k}:{m} from platform {p}.", [("From which platform does the train to {b} leave?", "p")]),
-    ("{a} paid {k}.{m} for the {w}.", [("What did {a} pay for?", "w"), ("Who paid for the {w}?", "a")]),
-    ("The {w} is stored in {c}.", [("Where is the {w} stored?", "c"), ("What is stored in {c}?", "w")]),
-]  # fmt: skip
-
-
-class Entry(NamedTuple):
-    """One documented parameter of a task; `default` may be empty."""
-
-    name: str
-    type: str
-    default: str
-    description: str
 
 
 class TaskMaker:
@@ -133,34 +71,74 @@ class TaskMaker:
     def number(self) -> str:
         """A number as it is written in source code."""
         r = self.random
-        return r.choice([
-            str(r.randint(0, 20)), str(r.randint(0, 5000)), f"{r.random() * 10:.{r.randint(1, 4)}f}", f"1e-{r.randint(1, 12):02d}",
-            f"-{r.randint(1, 99)}", str(2 ** r.randint(0, 16)), f"{r.randint(1, 99)}e{r.randint(2, 9)}", f"{r.randint(0, 40)}.0",
-        ])  # fmt: skip
+        return r.choice(
+            [
+                str(r.randint(0, 20)),
+                str(r.randint(0, 5000)),
+                f"{r.random() * 10:.{r.randint(1, 4)}f}",
+                f"1e-{r.randint(1, 12):02d}",
+                f"-{r.randint(1, 99)}",
+                str(2 ** r.randint(0, 16)),
+                f"{r.randint(1, 99)}e{r.randint(2, 9)}",
+                f"{r.randint(0, 40)}.0",
+            ]
+        )
 
     def type(self) -> str:
         """A type description: real, or invented from the usual patterns."""
         if self.random.random() < 0.6:
             return self.random.choice(self.types)
         w, n = self.word, self.number
-        base = self.random.choice(["int", "float", "str", "bool", "array", "list", "ndarray", "callable", "dict", "tuple"])
+        base = self.random.choice(
+            ["int", "float", "str", "bool", "array", "list", "ndarray", "callable", "dict", "tuple"]
+        )
         options = ", ".join(f"'{w()}'" for _ in range(self.random.randint(2, 4)))
-        return self.random.choice([
-            base, f"{base} or {w()}", f"{{{options}}}", f"{base} of shape ({w()}, {n()})", f"{base} > {n()}", f"{w().capitalize()}",
-            f"{base} in [{n()}, {n()}]", f"list of {w()}", f"{w().capitalize()} or None", f"{base} of {w()} {w()}", f"({n()}, {n()}) {base}",
-            f"{w()} {w()}", f"{w()}.{w().capitalize()}", f"{base} [{w()}={n()}]", f"Optional[{w().capitalize()}]", f"{base}, {{{options}}}",
-        ])  # fmt: skip
+        return self.random.choice(
+            [
+                base,
+                f"{base} or {w()}",
+                f"{{{options}}}",
+                f"{base} of shape ({w()}, {n()})",
+                f"{base} > {n()}",
+                f"{w().capitalize()}",
+                f"{base} in [{n()}, {n()}]",
+                f"list of {w()}",
+                f"{w().capitalize()} or None",
+                f"{base} of {w()} {w()}",
+                f"({n()}, {n()}) {base}",
+                f"{w()} {w()}",
+                f"{w()}.{w().capitalize()}",
+                f"{base} [{w()}={n()}]",
+                f"Optional[{w().capitalize()}]",
+                f"{base}, {{{options}}}",
+            ]
+        )
 
     def default(self) -> str:
         """A default value as source text: real, or invented."""
         r = self.random
         if r.random() < 0.35:
             return r.choice(self.defaults)
-        return r.choice([
-            "None", "True", "False", self.number(), self.number(), self.number(), f"'{self.word()}'", f"'{self.word()}'",
-            f"({self.number()}, {self.number()})", f"[{self.number()}]", f"'{self.word()}_{self.word()}'", f'"{self.word()}"',
-            f"{self.word()}.{self.word()}", "()", f"{self.word()}", f"'{self.word()[:1]}'",
-        ])  # fmt: skip
+        return r.choice(
+            [
+                "None",
+                "True",
+                "False",
+                self.number(),
+                self.number(),
+                self.number(),
+                f"'{self.word()}'",
+                f"'{self.word()}'",
+                f"({self.number()}, {self.number()})",
+                f"[{self.number()}]",
+                f"'{self.word()}_{self.word()}'",
+                f'"{self.word()}"',
+                f"{self.word()}.{self.word()}",
+                "()",
+                f"{self.word()}",
+                f"'{self.word()[:1]}'",
+            ]
+        )
 
     def description(self) -> str:
         """A sentence: real, joined from two halves, scrambled, or random words."""
@@ -206,7 +184,9 @@ class TaskMaker:
     def sibling(self, entry: Entry) -> Entry:
         """A parameter that is easily taken for `entry`: any of its fields the same or nearly so."""
         r = self.random
-        name = r.choice([f"{entry.name}_{self.word()}", f"{self.word()}_{entry.name}", self.varied(entry.name).replace(" ", "_")])
+        name = r.choice(
+            [f"{entry.name}_{self.word()}", f"{self.word()}_{entry.name}", self.varied(entry.name).replace(" ", "_")]
+        )
         kind = r.choice([entry.type, self.varied(entry.type), self.varied(entry.type), self.type()])
         default = r.choice([entry.default, self.varied(entry.default), self.default(), ""]) if entry.default else ""
         description = r.choice([self.varied(entry.description), self.varied(entry.description), self.description()])
@@ -236,7 +216,9 @@ class TaskMaker:
         """A parameter list in one of a dozen layouts, and questions about it."""
         function, entries = self.function(), self.entries()
         layout = self.random.choice(LAYOUTS)
-        body = layout(entries, self.random.choice(["default {}", "default={}", "default: {}", "by default {}", "defaults to {}"]))
+        body = layout(
+            entries, self.random.choice(["default {}", "default={}", "default: {}", "by default {}", "defaults to {}"])
+        )
         head = self.random.choice(HEADS).format(f=function)
         short = function.split(".")[-1] if self.random.random() < 0.7 else function
         count = min(self.random.choice([1, 2, 4, 6, 8]), 3 * len(entries))
@@ -257,10 +239,15 @@ class TaskMaker:
         kinds += ["before"] if index > 0 and r.random() < 0.5 else []
         kind = r.choice(kinds)
         answer = {
-            "type": entry.type, "type_by_description": entry.type, "description": entry.description, "function": function,
-            "default": entry.default, "default_by_description": entry.default,
-            "after": entries[min(index + 1, len(entries) - 1)].name, "before": entries[index - 1].name,
-        }.get(kind, entry.name)  # fmt: skip
+            "type": entry.type,
+            "type_by_description": entry.type,
+            "description": entry.description,
+            "function": function,
+            "default": entry.default,
+            "default_by_description": entry.default,
+            "after": entries[min(index + 1, len(entries) - 1)].name,
+            "before": entries[index - 1].name,
+        }.get(kind, entry.name)
         words = entry.description.split()
         part = " ".join(words[: max(4, r.randint(len(words) // 2, len(words)))])
         if sum(part in e.description for e in entries) > 1:
@@ -280,7 +267,9 @@ class TaskMaker:
         head = r.choice(["", "", "Settings:\n", f"[{self.word()}]\n", f"{self.function()}\n"])
         asks = ["What is {k}?", "What is the value of {k}?", "value of {k}", "Which value belongs to {k}?", "Give {k}."]
         pairs = [(r.choice(asks).format(k=k), v) for k, v in zip(keys, values, strict=True)]
-        pairs += [(f"Which key has the value {v}?", k) for k, v in zip(keys, values, strict=True) if values.count(v) == 1]
+        pairs += [
+            (f"Which key has the value {v}?", k) for k, v in zip(keys, values, strict=True) if values.count(v) == 1
+        ]
         if text.startswith("{"):
             pairs = [(q, a) for q, a in pairs if a in text]
         return head + text, r.sample(pairs, min(len(pairs), r.randint(1, 8)))
@@ -292,9 +281,15 @@ class TaskMaker:
         for sentence, asks in r.choices(FACTS, k=r.randint(2, 8)):
             names = ["".join(r.choices(SYLLABLES, k=r.randint(2, 3))).capitalize() for _ in "ab"]
             values = {
-                "a": names[0], "b": names[1], "w": self.word(), "y": str(r.randint(1200, 2030)), "k": str(r.randint(2, 99)),
-                "m": f"{r.randint(10, 59)}", "p": str(r.randint(1, 30)), "c": f"{self.word()}-{r.randint(1, 999)}",
-            }  # fmt: skip
+                "a": names[0],
+                "b": names[1],
+                "w": self.word(),
+                "y": str(r.randint(1200, 2030)),
+                "k": str(r.randint(2, 99)),
+                "m": f"{r.randint(10, 59)}",
+                "p": str(r.randint(1, 30)),
+                "c": f"{self.word()}-{r.randint(1, 999)}",
+            }
             statements.append(sentence.format(**values))
             question, key = r.choice(asks)
             questions.append((question.format(**values), values[key]))
@@ -331,7 +326,9 @@ class TaskMaker:
 
     def plain(self, context: str, questions: Questions) -> Segments:
         """Context, then marked questions and answers, as a text document."""
-        q, a = self.random.choice([("Question:", "Answer:"), ("Q:", "A:"), ("", "->"), ("Question:", "The answer is:"), ("?", "=")])
+        q, a = self.random.choice(
+            [("Question:", "Answer:"), ("Q:", "A:"), ("", "->"), ("Question:", "The answer is:"), ("?", "=")]
+        )
         gap = self.random.choice(["\n", "\n\n"])
         segments: Segments = [(context + gap, CONTEXT)]
         for question, answer in questions:
@@ -342,77 +339,24 @@ class TaskMaker:
         """The same as a ChatML conversation; later questions are further turns."""
         r = self.random
         system = f"{TURN}system\n{r.choice(SYSTEMS)}{TURN_END}\n" if r.random() < 0.3 else ""
-        ask = r.choice(["{c}\n\n{q}", "{c}\n{q}", "Context:\n{c}\n\nQuestion: {q}", "{q}\n\n{c}", "{c}\n---\n{q}", "Read this.\n\n{c}\n\n{q}"])
+        ask = r.choice(
+            [
+                "{c}\n\n{q}",
+                "{c}\n{q}",
+                "Context:\n{c}\n\nQuestion: {q}",
+                "{q}\n\n{c}",
+                "{c}\n---\n{q}",
+                "Read this.\n\n{c}\n\n{q}",
+            ]
+        )
         if r.random() < 0.15:  # the context in the system turn
             system, ask = f"{TURN}system\n{context}{TURN_END}\n", "{q}"
         segments: Segments = [(system, CONTEXT)] if system else []
         for index, (question, answer) in enumerate(questions):
             content = question if index else ask.replace("{c}", context).replace("{q}", question)
-            segments += [(f"{TURN}user\n{content}{TURN_END}\n{TURN}assistant\n", CONTEXT), (f"{answer}{TURN_END}", 1.0), ("\n", CONTEXT)]
+            segments += [
+                (f"{TURN}user\n{content}{TURN_END}\n{TURN}assistant\n", CONTEXT),
+                (f"{answer}{TURN_END}", 1.0),
+                ("\n", CONTEXT),
+            ]
         return segments
-
-
-def paren(entries: list[Entry], mark: str) -> str:
-    """`name (type, default x): description` lines."""
-    return "\n".join(f"{e.name} ({e.type}{tail(e, mark, ', ')}): {e.description}" for e in entries)
-
-
-def paren_bullet(entries: list[Entry], mark: str) -> str:
-    """The same as a list with bullets and full stops."""
-    return "\n".join(f"- {e.name} ({e.type}{tail(e, mark, ', ')}): {e.description}." for e in entries)
-
-
-def numpydoc(entries: list[Entry], mark: str) -> str:
-    """Entries as numpydoc writes them."""
-    return "\n".join(f"{e.name} : {e.type}{tail(e, mark, ', ')}\n    {e.description}" for e in entries)
-
-
-def one_line(entries: list[Entry], mark: str) -> str:
-    """`name: type, default x. Description.` lines."""
-    return "\n".join(f"{e.name}: {e.type}{tail(e, mark, ', ')}. {e.description}." for e in entries)
-
-
-def description_first(entries: list[Entry], mark: str) -> str:
-    """The meaning before type and default."""
-    return "\n".join(f"* {e.name}: {e.description} [{e.type}{tail(e, mark, '; ')}]" for e in entries)
-
-
-def google(entries: list[Entry], mark: str) -> str:
-    """Entries as Google's style writes them."""
-    return "Args:\n" + "\n".join(f"    {e.name} ({e.type}): {e.description}{tail(e, mark, '. ')}" for e in entries)
-
-
-def table(entries: list[Entry], mark: str) -> str:
-    """A table with a header line."""
-    return "\n".join(["name | type | default | meaning", *(f"{e.name} | {e.type} | {e.default or '-'} | {e.description}" for e in entries)])
-
-
-def assignments(entries: list[Entry], mark: str) -> str:
-    """Assignments with a comment."""
-    return "\n".join(f"{e.name} = {e.default or '...'}  # {e.type}: {e.description}" for e in entries)
-
-
-def blocks(entries: list[Entry], mark: str) -> str:
-    """One block of labelled lines for each parameter."""
-    return "\n".join(
-        f"{e.name}\n  type: {e.type}\n" + (f"  default: {e.default}\n" if e.default else "") + f"  meaning: {e.description}" for e in entries
-    )
-
-
-def prose(entries: list[Entry], mark: str) -> str:
-    """Sentences."""
-    return " ".join(f"The parameter {e.name} is of type {e.type}{tail(e, mark, ', ')}: {e.description}." for e in entries)
-
-
-def signature(entries: list[Entry], mark: str) -> str:
-    """A signature with types and defaults, then the meanings."""
-    head = ", ".join(f"{e.name}: {e.type}" + (f" = {e.default}" if e.default else "") for e in entries)
-    return f"({head})\n" + "\n".join(f"{e.name}: {e.description}" for e in entries)
-
-
-def tail(entry: Entry, mark: str, separator: str) -> str:
-    """The default in the wording `mark`, or nothing when there is none."""
-    return separator + mark.format(entry.default) if entry.default else ""
-
-
-LAYOUTS = [paren, paren, paren_bullet, numpydoc, numpydoc, one_line, description_first, google, table, assignments, blocks, prose, signature]

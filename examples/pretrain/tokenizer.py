@@ -37,7 +37,9 @@ CHAT_TEMPLATE = """\
 
 def read_corpus(folder: Path) -> tuple[list[dict], list[str]]:
     """(functions, texts) as `corpus.py` wrote them."""
-    functions, texts = (json.loads(gzip.decompress((folder / f"{n}.json.gz").read_bytes())) for n in ("functions", "texts"))
+    functions, texts = (
+        json.loads(gzip.decompress((folder / f"{n}.json.gz").read_bytes())) for n in ("functions", "texts")
+    )
     return functions, texts
 
 
@@ -84,7 +86,9 @@ def main() -> None:
     config = args.out / "tokenizer_config.json"  # the class name that transformers 4 and 5 both know
     config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     text = "\n".join(samples[:1000])
-    print(f"{len(fast)} tokens in the vocabulary, {len(text.encode()) / len(fast(text)['input_ids']):.2f} bytes per token")
+    print(
+        f"{len(fast)} tokens in the vocabulary, {len(text.encode()) / len(fast(text)['input_ids']):.2f} bytes per token"
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""A small real adapter for the tests: random A and B on a tiny base, with the replies that PEFT gives to it."""
+
+from pathlib import Path
+from typing import Any
+
+from loraport.clients.home import Home
+from loraport.train.base_model import Base, identify
+from loraport.train.manifest import DataCounts, Golden, Manifest
+
+PROMPTS = ("Where is the key?", "Name a colour.", "Who wrote this module?")
+TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def make_tiny_adapter(home: Path, base_folder: Path, name: str, seed: int = 1, rank: int = 8) -> Path:
+    """Write adapters/<name>/v1 in `home` for the base in `base_folder`; return the folder.
+
+    B is random, not zero as at the start of a training, so that the adapter's replies differ clearly from the base's.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = Home(home).adapters / name / "v1"
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    torch.manual_seed(seed)
+    model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS))
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.eval()
+    model.save_pretrained(folder)
+    write_manifest(folder, base_folder, name, rank, golden_replies(model, base_folder))
+    return folder
+
+
+def golden_replies(model: Any, base_folder: Path) -> list[Golden]:
+    """What PEFT answers to PROMPTS, as training records it."""
+    from transformers import AutoTokenizer
+
+    from loraport.train.golden import golden_replies as record
+    from loraport.train.tokens import Encoder
+
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+        )
+        for text in PROMPTS
+    ]
+    return record(model, Encoder.load(base_folder), prompts)
+
+
+def write_manifest(folder: Path, base_folder: Path, name: str, rank: int, golden: list[Golden]) -> None:
+    """A manifest like that of a training."""
+    from loraport.clients.errors import AdapterError
+    from loraport.train.adapters import WEIGHTS
+    from loraport.train.weights import read_safetensors_shapes
+
+    weights = folder / WEIGHTS
+    parameters = sum(shape[0] * shape[1] for shape in read_safetensors_shapes(weights, AdapterError).values())
+    Manifest(
+        name=name,
+        version="v1",
+        created="2026-01-01T00:00:00+00:00",
+        fingerprint="0" * 64,
+        base=identify(Base(str(base_folder), Path(base_folder).absolute())),
+        base_dtype="float32",
+        rank=rank,
+        alpha=2 * rank,
+        target_modules=TARGETS,
+        trainable_parameters=parameters,
+        adapter_bytes=weights.stat().st_size,
+        max_lora_rank=max(8, rank),
+        stop_tokens=[0, 2],
+        data=DataCounts(files=[], sha256="", rows=0, tokens=0, trained_tokens=0, eval_rows=0),
+        run={},
+        metrics={},
+        versions={},
+        golden=golden,
+    ).write(folder)

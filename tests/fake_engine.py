@@ -1,0 +1,191 @@
+"""A stand-in for vLLM's server: a real HTTP process with the same command line, log lines and way of dying.
+
+It answers golden prompts from the manifests of the adapters it is given. What it does wrong is set in its environment:
+
+    FAKE_WORDING=0.25        log lines of that version (default 0.32)
+    FAKE_START_S=2           seconds from spawn to ready
+    FAKE_CRASH=weights       die at that phase, with FAKE_LAST_WORDS as its last lines and status FAKE_STATUS
+    FAKE_REPLIES=base        answer for adapters as the base does; `garbage`: as nobody does; default `golden`
+    FAKE_TOKEN_S=0.05        seconds for each token
+    FAKE_IGNORE_SIGTERM=1    survive SIGTERM
+    FAKE_GRANDCHILD=1        start a process of its own that outlives it, as a crashed vLLM does
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+STARTS = {
+    "0.32": """\
+configuration|(APIServer pid=7) INFO 11-21 23:21:14 [api_utils.py:347]  ▄▄ ▄█ █     █     █ ▀▄▀ █  version 0.32.0
+configuration|(APIServer pid=7) INFO 11-21 23:21:14 [api_utils.py:286] non-default args: {'enable_lora': True}
+engine process|(APIServer pid=7) INFO 11-21 23:21:31 [model.py:733] Resolved architecture: Qwen3ForCausalLM
+worker|(EngineCore pid=9) INFO 11-21 23:21:46 [core.py:133] Initializing a V1 LLM engine (v0.32.0) with config: ...
+weights|(Worker pid=9) INFO 11-21 23:22:02 [cpu_model_runner.py:68] Starting to load model /models/tiny...
+LoRA slots|(Worker pid=9) INFO 11-21 23:22:02 [default_loader.py:501] Loading weights took 0.01 seconds
+KV cache|(EngineCore pid=9) INFO 11-21 23:22:03 [kv_cache_utils.py:2327] CPU KV cache size: 4,194,304 tokens
+front end|(EngineCore pid=9) INFO 11-21 23:22:09 [core.py:402] init engine (profile, create kv cache) took 5.91 s
+front end|(APIServer pid=7) INFO 11-21 23:22:10 [entry.py:140] Starting vLLM server on http://127.0.0.1:8000""",
+    "0.25": """\
+configuration|(APIServer pid=7) INFO 06-01 10:00:22 [api_server.py:1351] vLLM API server version 0.25.1
+engine process|(APIServer pid=7) INFO 06-01 10:00:30 [model.py:547] Resolved architecture: Qwen3ForCausalLM
+worker|(EngineCore pid=9) INFO 06-01 10:00:46 [core.py:76] Initializing a V1 LLM engine (v0.25.1) with config: ...
+weights|(EngineCore pid=9) INFO 06-01 10:00:50 [gpu_model_runner.py:2653] Starting to load model /models/8b...
+LoRA slots|(EngineCore pid=9) INFO 06-01 10:00:53 [default_loader.py:267] Loading weights took 2.59 seconds
+compilation|(EngineCore pid=9) INFO 06-01 10:00:54 [gpu_model_runner.py:2698] Model loading took 15.3 GiB and 3.6 s
+compilation|(EngineCore pid=9) INFO 06-01 10:01:14 [backends.py:559] Dynamo bytecode transform time: 20.10 s
+profiling|(EngineCore pid=9) INFO 06-01 10:01:44 [monitor.py:34] torch.compile took 41.20 s in total
+KV cache|(EngineCore pid=9) INFO 06-01 10:01:49 [monitor.py:50] Initial profiling/warmup run took 5.02 s
+KV cache|(EngineCore pid=9) INFO 06-01 10:01:50 [gpu_worker.py:298] Available KV cache memory: 111.75 GiB
+graph capture|(EngineCore pid=9) INFO 06-01 10:01:51 [kv_cache_utils.py:1087] GPU KV cache size: 813,696 tokens
+warm-up|(EngineCore pid=9) INFO 06-01 10:02:25 [gpu_model_runner.py:3480] Graph capturing finished in 34 secs
+front end|(EngineCore pid=9) INFO 06-01 10:02:44 [core.py:210] init engine (profile, create kv cache) took 110.2 s
+front end|(APIServer pid=7) INFO 06-01 10:02:45 [api_server.py:1634] Starting vLLM API server 0 on http://0.0.0.0:8000""",
+}
+GARBAGE = 7
+
+
+def start_lines(wording: str) -> list[tuple[str, str]]:
+    """(phase, log line) of a start, in order."""
+    pairs = (line.partition("|") for line in STARTS[wording].splitlines())
+    return [(phase, text) for phase, _, text in pairs]
+
+
+def knob(name: str, default: str = "") -> str:
+    """A setting from the environment."""
+    return os.environ.get(f"FAKE_{name}", default)
+
+
+def log(line: str) -> None:
+    """Say a line as the engine does."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The part of vLLM's command line that matters here."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--served-model-name", nargs="+", required=True)
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--max-model-len", type=int, required=True)
+    parser.add_argument("--lora-modules", nargs="*", type=json.loads, default=[])
+    return parser.parse_known_args(arguments)[0]
+
+
+def run_phases() -> None:
+    """Log a start, or the part of it before the crash."""
+    lines = start_lines(knob("WORDING", "0.32"))
+    for phase, line in lines:
+        log(line)
+        if phase == knob("CRASH"):
+            log(knob("LAST_WORDS"))
+            sys.exit(int(knob("STATUS", "1")))
+        time.sleep(float(knob("START_S", "0")) / len(lines))
+
+
+class Models:
+    """The models of this engine, and its replies."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.names = [*options.served_model_name, *(module["name"] for module in options.lora_modules)]
+        self.bases = options.served_model_name
+        self.golden: dict[str, list[dict[str, Any]]] = {}
+        for module in options.lora_modules:
+            self.golden[module["name"]] = json.loads((Path(module["path"]) / "loraport.json").read_text())["golden"]
+
+    def reply(self, model: str, prompt: list[int], most: int) -> dict[str, Any]:
+        """A completion choice for a golden prompt, or for one that part of its reply was added to."""
+        who = "base" if model in self.bases or knob("REPLIES") == "base" else "adapter"
+        for golden in self.golden.get(model) or [entry for entries in self.golden.values() for entry in entries]:
+            known = golden[who]
+            whole = golden["prompt_tokens"] + known["tokens"]
+            start = len(prompt) - len(golden["prompt_tokens"])
+            if start >= 0 and whole[: len(prompt)] == prompt and knob("REPLIES") != "garbage":
+                return self.choice(known["tokens"][start:], known["logprobs"][start:], known, most)
+        return self.choice([GARBAGE] * most, [-1.0] * most, {"text": "?" * most, "stopped": False}, most)
+
+    def choice(self, tokens: list[int], logprobs: list[float], known: dict[str, Any], most: int) -> dict[str, Any]:
+        """What vLLM puts into `choices`."""
+        time.sleep(float(knob("TOKEN_S", "0")) * min(len(tokens), most))
+        stopped = known["stopped"] and len(tokens) <= most
+        names = [f"token_id:{token}" for token in tokens[:most]]
+        return {
+            "index": 0,
+            "text": known["text"],
+            "logprobs": {
+                "tokens": names,
+                "token_logprobs": logprobs[:most],
+                "top_logprobs": [{name: value} for name, value in zip(names, logprobs, strict=False)],
+            },
+            "finish_reason": "stop" if stopped else "length",
+        }
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The routes that Loraport uses."""
+
+    models: Models
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        """/health and /v1/models."""
+        if self.path == "/health":
+            self.answer(200, {})
+        elif self.path == "/v1/models":
+            self.answer(
+                200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.models.names]}
+            )
+        else:
+            self.answer(404, {"error": {"message": "Not Found", "code": 404}})
+
+    def do_POST(self) -> None:
+        """/v1/completions, and /die, which ends the engine as a crash does."""
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
+        if self.path == "/die":
+            log("(EngineCore pid=9) ERROR 11-21 23:30:00 [core.py:1] RuntimeError: the fake was told to die")
+            os._exit(9)
+        if body.get("model") not in self.models.names:
+            self.answer(404, {"error": {"message": f"The model `{body.get('model')}` does not exist.", "code": 404}})
+        else:
+            choice = self.models.reply(body["model"], body["prompt"], body["max_tokens"])
+            self.answer(200, {"object": "text_completion", "model": body["model"], "choices": [choice]})
+
+    def answer(self, status: int, document: dict[str, Any]) -> None:
+        """Send a JSON document."""
+        data = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: the access log is off."""
+
+
+def main() -> None:
+    """Start like vLLM, then serve until SIGTERM."""
+    options = parse(sys.argv[1:])
+    if knob("IGNORE_SIGTERM"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    if knob("GRANDCHILD"):
+        sleeper = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+        subprocess.Popen([sys.executable, "-c", sleeper])
+    run_phases()
+    Handler.models = Models(options)
+    ThreadingHTTPServer((options.host, options.port), Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Choices of the plan, from the numbers of real models; no engine, no GPU."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraport.clients.errors import ResourceError, UsageError
+from loraport.serve import hardware
+from loraport.serve.cli import check_flags, parse_context, split_arguments
+from loraport.serve.hardware import Device
+from loraport.serve.plan import GIB, MIB, Plan, Wanted, find, plan, read_shape
+from loraport.train.manifest import BaseIdentity, DataCounts, Manifest
+
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "torch_dtype": "bfloat16",
+}
+QWEN_32B = LLAMA_8B | {
+    "hidden_size": 5120,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 64,
+    "head_dim": 128,
+    "intermediate_size": 25600,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+}
+TINY = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "intermediate_size": 128,
+    "vocab_size": 512,
+    "max_position_embeddings": 1024,
+    "dtype": "bfloat16",
+}
+H100 = Device("cuda", "H100", 80 * GIB, 79 * GIB, 16)
+LAPTOP = Device("cpu", "CPU, 2 cores", 24 * GIB, 20 * GIB, 2)
+
+
+def manifest(rank: int, name: str = "demo", dtype: str = "float32") -> Manifest:
+    hashes = dict.fromkeys(("config_sha256", "tokenizer_sha256", "chat_template_sha256", "weights_sha256"), "")
+    return Manifest(
+        name=name,
+        version="v1",
+        created="",
+        fingerprint="",
+        base=BaseIdentity(model="m", revision=None, path="/m", **hashes),
+        base_dtype=dtype,
+        rank=rank,
+        alpha=1,
+        target_modules=[],
+        trainable_parameters=1,
+        adapter_bytes=1,
+        max_lora_rank=max(8, rank),
+        stop_tokens=[],
+        data=DataCounts(files=[], sha256="", rows=0, tokens=0, trained_tokens=0, eval_rows=0),
+        run={},
+        metrics={},
+        versions={},
+        golden=[],
+    )
+
+
+def planned(config: dict[str, Any], gib: float, device: Device, ranks: tuple[int, ...] = (), **wanted: Any) -> Plan:
+    shape = read_shape(config, int(gib * GIB))
+    assert shape is not None
+    manifests = [manifest(rank, f"a{number}") for number, rank in enumerate(ranks)]
+    return plan(Wanted(**wanted), shape, manifests, device)
+
+
+def test_sizes_of_a_known_model() -> None:
+    shape = read_shape(LLAMA_8B, 0)
+    assert shape is not None
+    assert shape.kv_bytes_per_token(2) == 128 * 1024
+    assert shape.lora_bytes_per_slot(16, 2) / MIB == pytest.approx(88, abs=1)
+
+
+def test_nested_and_unusual_configurations() -> None:
+    assert read_shape({"text_config": LLAMA_8B, "hidden_size": 1}, 0) == read_shape(LLAMA_8B, 0)
+    assert read_shape({"model_type": "mystery"}, 0) is None
+    latent = read_shape(LLAMA_8B | {"kv_lora_rank": 512, "qk_rope_head_dim": 64}, 0)
+    assert latent is not None and latent.kv_bytes_per_token(2) == 32 * 576 * 2
+    assert find({"a": 0, "b": "4", "c": 7}, "a", "b", "c") == 7
+
+
+def test_field_note_a_fits_its_context_at_once() -> None:
+    """Qwen3-32B on 80 GB: 40k tokens failed after minutes of loading, 16k too, 10k started."""
+    chosen = planned(QWEN_32B, 61, H100, (16,))
+    assert 8_000 < chosen.context < 40_960 and chosen.share == 0.92
+    with pytest.raises(ResourceError, match=r"--context 40960 needs 10\.0 GiB of KV cache"):
+        planned(QWEN_32B, 61, H100, (16,), context=40_960)
+
+
+def test_a_model_with_room_gets_its_own_limit() -> None:
+    chosen = planned(LLAMA_8B, 15, H100)
+    assert (chosen.context, chosen.dtype, chosen.kv_bytes, chosen.slots) == (131_072, "bfloat16", None, 0)
+    assert chosen.choices[0].reason == "the model's own limit, and it fits"
+
+
+def test_memory_that_others_use_is_left_to_them() -> None:
+    chosen = planned(LLAMA_8B, 15, replace(H100, free=40 * GIB))
+    assert chosen.share == 0.49
+
+
+def test_what_cannot_hold_a_request_is_refused() -> None:
+    with pytest.raises(ResourceError, match=r"the model does not fit: 15\.0 GiB of weights"):
+        planned(LLAMA_8B, 15, replace(LAPTOP, free=12 * GIB))
+    with pytest.raises(ResourceError, match="not enough for one request"):
+        planned(LLAMA_8B, 15, replace(LAPTOP, free=int(27.3 * GIB)))
+
+
+def test_a_cpu_takes_a_cache_for_its_requests_and_no_more() -> None:
+    chosen = planned(TINY, 0.001, LAPTOP, (8,))
+    assert (chosen.context, chosen.requests, chosen.dtype) == (1024, 16, "float32")
+    assert chosen.kv_bytes == 3 * MIB and chosen.share is None
+    assert chosen.warnings == ("note: the model's own limit is 1,024 tokens; coding assistants need 16,384.",)
+
+
+def test_a_short_context_warns_of_coding_assistants() -> None:
+    chosen = planned(LLAMA_8B, 15, H100, context=8192)
+    assert "coding assistants such as Aider will not work" in chosen.warnings[0]
+    assert planned(LLAMA_8B, 15, H100, context=16_384).warnings == ()
+
+
+def test_a_long_context_on_a_cpu_is_capped_with_a_reason() -> None:
+    chosen = planned(TINY | {"max_position_embeddings": 131_072}, 0.001, LAPTOP)
+    assert chosen.context == 32_768 and "raise it with --context" in chosen.choices[0].reason
+
+
+def test_context_beyond_the_model_is_wrong_usage() -> None:
+    with pytest.raises(UsageError, match="more than the 1,024 tokens"):
+        planned(TINY, 0.001, LAPTOP, context=2048)
+
+
+def test_slots_are_as_small_as_the_adapters_need() -> None:
+    chosen = planned(LLAMA_8B, 15, H100, (8, 64, 16))
+    assert (chosen.slots, chosen.rank) == (3, 64)
+    assert planned(LLAMA_8B, 15, H100, (8,) * 20).slots == 8
+
+
+@pytest.mark.parametrize(
+    ("device", "base_dtypes", "chosen"),
+    [
+        (LAPTOP, ("float32",), "float32"),
+        (LAPTOP, ("bfloat16",), "bfloat16"),
+        (LAPTOP, (), "bfloat16"),
+        (replace(LAPTOP, has_bf16=False), (), "float32"),
+        (H100, ("float32",), "bfloat16"),
+        (replace(H100, has_bf16=False), (), "float16"),
+    ],
+)
+def test_dtype(device: Device, base_dtypes: tuple[str, ...], chosen: str) -> None:
+    shape = read_shape(TINY, 1000)
+    assert shape is not None
+    manifests = [manifest(8, dtype=dtype) for dtype in base_dtypes]
+    assert plan(Wanted(), shape, manifests, device).dtype == chosen
+
+
+def test_flags() -> None:
+    assert (parse_context(None), parse_context("40960"), parse_context("40k")) == (None, 40_960, 40_960)
+    for wrong in ("0", "-1", "many", "4m"):
+        with pytest.raises(UsageError):
+            parse_context(wrong)
+    for port, share in ((0, None), (70_000, None), (8000, 1.5), (8000, 0.0)):
+        with pytest.raises(UsageError):
+            check_flags(port, share)
+    assert split_arguments(["a", "b", "--seed", "3"]) == (["a", "b"], ["--seed", "3"])
+
+
+def test_cgroup_limits_are_respected(tmp_path: Path) -> None:
+    assert hardware.read_cgroup(tmp_path) is None
+    for name, text in (
+        ("memory.max", "1000"),
+        ("memory.current", "700"),
+        ("memory.stat", "anon 1\ninactive_file 200\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    assert hardware.read_cgroup(tmp_path) == (1000, 500)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert hardware.read_cgroup(tmp_path) is None
+
+
+def test_this_machine_can_be_read() -> None:
+    device = hardware.read_device()
+    assert 0 < device.free <= device.total and device.cores >= 1
