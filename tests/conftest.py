@@ -17,6 +17,8 @@ from loraport.clients.home import Home
 from tests.models import make_tiny_base
 
 ROOT = Path(__file__).parent.parent
+# A shell that starts the tests in the background makes them ignore Ctrl-C, and their children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 for variable in ("OPENAI_API_BASE", "OPENAI_BASE_URL", "OPENAI_API_KEY", "LORAPORT_HOME"):
     os.environ.pop(variable, None)
 
