@@ -35,19 +35,10 @@ def make_tiny_adapter(home: Path, base_folder: Path, name: str, seed: int = 1, r
 
 def golden_replies(model: Any, base_folder: Path) -> list[Golden]:
     """What PEFT answers to PROMPTS, as training records it."""
-    from transformers import AutoTokenizer
-
     from loraport.train.golden import golden_replies as record
     from loraport.train.tokens import Encoder
 
-    tokenizer = AutoTokenizer.from_pretrained(base_folder)
-    prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
-        )
-        for text in PROMPTS
-    ]
-    return record(model, Encoder.load(base_folder), prompts)
+    return record(model, Encoder.load(base_folder), [[{"role": "user", "content": text}] for text in PROMPTS])
 
 
 def write_manifest(folder: Path, base_folder: Path, name: str, rank: int, golden: list[Golden]) -> None:
@@ -72,6 +63,7 @@ def write_manifest(folder: Path, base_folder: Path, name: str, rank: int, golden
         adapter_bytes=weights.stat().st_size,
         max_lora_rank=max(8, rank),
         stop_tokens=[0, 2],
+        chat_template_kwargs={},
         data=DataCounts(files=[], sha256="", rows=0, tokens=0, trained_tokens=0, eval_rows=0),
         run={},
         metrics={},

@@ -19,6 +19,9 @@ from tests.models import make_tiny_base
 ROOT = Path(__file__).parent.parent
 # A shell that starts the tests in the background makes them ignore Ctrl-C, and their children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# The tests of this process are the same on every machine; only the real engine may see a GPU.
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 for variable in ("OPENAI_API_BASE", "OPENAI_BASE_URL", "OPENAI_API_KEY", "LORAPORT_HOME"):
     os.environ.pop(variable, None)
 
@@ -51,7 +54,11 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """`loraport train` and `loraport serve` on the demo, with the real vLLM, once for the session."""
     home = Home(tmp_path_factory.mktemp("served") / "home")
-    environment = os.environ | {"LORAPORT_HOME": str(home.root)}
+    environment = dict(os.environ) | {"LORAPORT_HOME": str(home.root)}
+    if GPUS is None:
+        del environment["CUDA_VISIBLE_DEVICES"]
+    else:
+        environment["CUDA_VISIBLE_DEVICES"] = GPUS
     loraport = [sys.executable, "-m", "loraport_cli"]
     train = [*loraport, "train", "--config", str(ROOT / "examples/demo/train.yaml"), "--json"]
     trained = subprocess.run(train, env=environment, stdout=subprocess.PIPE, check=True, text=True)

@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 import torch
 
+from loraport.clients.errors import ConfigError, Refused
 from loraport.clients.rows import Row
 from loraport.train.base_model import resolve
 from loraport.train.config import RunConfig
 from loraport.train.golden import golden_replies, greedy_reply
-from loraport.train.run import load_lora, micro_batch_rows, run_trainer
+from loraport.train.lora import Device, Types, choose_types, load_lora
+from loraport.train.run import save_weights
 from loraport.train.tokens import IGNORED, Encoder, Example
-from loraport.train.trainer import collate, summed_loss
+from loraport.train.trainer import collate, micro_batch_rows, run_trainer, summed_loss
 
 ROWS = [
     Row([{"role": "user", "content": "count " + "on " * n}, {"role": "assistant", "content": "one two " * n}], n)
@@ -100,7 +102,7 @@ def test_rows_at_once_divide_the_batch(tiny_base: Path, tokens: int, longest: in
 
 
 def test_greedy_replies_are_those_of_generate(model: Any, encoder: Encoder) -> None:
-    prompt = encoder.prompt(ROWS[3])
+    prompt = encoder.prompt(ROWS[3].prompt)
     reply = greedy_reply(model, encoder, prompt, 12)
     generated = model.generate(
         input_ids=torch.tensor([prompt]),
@@ -118,7 +120,42 @@ def test_greedy_replies_are_those_of_generate(model: Any, encoder: Encoder) -> N
 
 
 def test_golden_replies_tell_adapter_and_base_apart(model: Any, encoder: Encoder) -> None:
-    (golden,) = golden_replies(model, encoder, [encoder.prompt(ROWS[0])])
+    (golden,) = golden_replies(model, encoder, [ROWS[0].prompt])
     with model.disable_adapter():
         assert greedy_reply(model, encoder, golden.prompt_tokens, 32) == golden.base
     assert golden.adapter.tokens != golden.base.tokens
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "expected"),
+    [
+        ("auto", Device("cuda", True), Types("bfloat16", "bfloat16")),
+        ("auto", Device("cuda", False), Types("float16", "float16")),
+        ("auto", Device("cpu", False), Types("float32", "float32")),
+        ("nf4", Device("cuda", True), Types("nf4", "bfloat16")),
+        ("nf4", Device("cuda", False), Types("nf4", "float16")),
+        ("float32", Device("cuda", True), Types("float32", "float32")),
+    ],
+)
+def test_types_follow_the_device(tiny_base: Path, dtype: str, device: Device, expected: Types) -> None:
+    assert choose_types(config_for(tiny_base, dtype=dtype), device) == expected
+
+
+def test_a_run_that_diverges_is_ended(tiny_base: Path, tmp_path: Path, encoder: Encoder) -> None:
+    lora = load_lora(resolve(str(tiny_base)), config_for(tiny_base))
+    next(p for name, p in lora.named_parameters() if "lora_A" in name).data.fill_(float("inf"))
+    examples = [encoder.encode(row) for row in ROWS]
+    with pytest.raises(Refused, match=r"the run diverged: (loss|grad_norm) is"):
+        run_trainer(lora, encoder, examples, examples, config_for(tiny_base), tmp_path)
+
+
+def test_weights_that_are_not_finite_are_not_stored(model: Any, tmp_path: Path) -> None:
+    next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+    with pytest.raises(Refused, match="not finite"):
+        save_weights(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_head_is_no_target(tiny_base: Path) -> None:
+    with pytest.raises(ConfigError, match="no linear layers called lm_head"):
+        load_lora(resolve(str(tiny_base)), config_for(tiny_base, target_modules=["q_proj", "lm_head"]))

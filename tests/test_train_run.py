@@ -1,15 +1,28 @@
 """A whole run on the tiny base: what is stored, when nothing is done, and that failures leave nothing."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 
 from loraport.clients import home as home_module
-from loraport.clients.errors import AdapterError, ConfigError, DataError, ResourceError
+from loraport.clients.errors import AdapterError, BaseModelError, ConfigError, DataError, ResourceError
 from loraport.clients.home import Home
-from loraport.train.adapters import WEIGHTS, Adapter, check_whole, find_adapter, open_adapter, versions
+from loraport.train import run
+from loraport.train.adapters import (
+    WEIGHTS,
+    Adapter,
+    PartialVersion,
+    check_whole,
+    find_adapter,
+    open_adapter,
+    publish,
+    versions,
+)
+from loraport.train.base_model import resolve
 from loraport.train.config import RunConfig
 from loraport.train.manifest import Manifest
 from loraport.train.run import read_data, spread, train
@@ -61,7 +74,7 @@ def test_nothing_changed_means_nothing_to_do(adapter: Adapter, config: RunConfig
     assert (adapter.folder / WEIGHTS).stat() == before and len(versions(home, "colours")) == 1
 
 
-@pytest.mark.parametrize("change", ["data", "configuration", "base", "force", "damage"])
+@pytest.mark.parametrize("change", ["data", "configuration", "base", "stop tokens", "force", "damage"])
 def test_a_change_makes_a_new_version(
     adapter: Adapter, config: RunConfig, home: Home, tmp_path: Path, change: str
 ) -> None:
@@ -71,6 +84,11 @@ def test_a_change_makes_a_new_version(
         config = config.model_copy(update={"learning_rate": 1e-3})
     elif change == "base":
         config = config.model_copy(update={"model": str(make_tiny_base(tmp_path / "other", seed=1))})
+    elif change == "stop tokens":
+        copy = Path(shutil.copytree(config.model, tmp_path / "copy"))
+        settings = json.loads((copy / "generation_config.json").read_text())
+        (copy / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [2]}))
+        config = config.model_copy(update={"model": str(copy)})
     elif change == "damage":
         (adapter.folder / WEIGHTS).write_bytes(b"")
     assert train(config, home, force=change == "force").folder.name == "v2"
@@ -162,3 +180,66 @@ def test_held_out_rows_are_no_training_rows(config: RunConfig) -> None:
 def test_spread_is_even_and_keeps_order() -> None:
     assert spread(list(range(10)), 3) == [0, 3, 6]
     assert spread([1, 2], 3) == [1, 2]
+
+
+def test_the_data_may_change_while_it_trains(config: RunConfig, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "read_data", lambda c: (read_data(c), c.data.unlink())[0])
+    assert len(train(config, home).manifest.data.sha256) == 64
+
+
+def test_two_trainings_of_one_name_get_two_versions(config: RunConfig, home: Home) -> None:
+    with PartialVersion(home, "colours") as folder:
+        trained = train(config, home)
+        assert folder.is_dir()
+        shutil.copytree(trained.folder, folder, dirs_exist_ok=True)
+        assert publish(home, folder, trained.manifest).folder.name == "v2"
+    assert len(versions(home, "colours")) == 2
+
+
+def test_a_disk_that_fills_up_while_saving_leaves_nothing(
+    config: RunConfig, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("peft.PeftModel.save_pretrained", full)
+    with pytest.raises(ResourceError, match="could not be written"):
+        train(config, home)
+    assert not list(home.root.rglob("*.safetensors")) and versions(home, "colours") == []
+
+
+def test_a_base_with_an_index_counts_only_what_is_in_it(tiny_base: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_base, tmp_path / "copy"))
+    shutil.copy(copy / "model.safetensors", copy / "consolidated.safetensors")
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    assert resolve(str(copy)).weight_bytes == resolve(str(tiny_base)).weight_bytes
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / "config.json").unlink(), "has no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "tokenizer.json").unlink() or (f / "tokenizer_config.json").unlink(), "has no tokenizer"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), r"has no \*.safetensors"),
+        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]), "is cut off"),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
+            "lacks 1",
+        ),
+    ],
+)
+def test_damaged_bases_are_refused(tiny_base: Path, tmp_path: Path, damage: Any, words: str) -> None:
+    copy = Path(shutil.copytree(tiny_base, tmp_path / "copy"))
+    damage(copy)
+    with pytest.raises(BaseModelError, match=words) as caught:
+        resolve(str(copy))
+    assert caught.value.exit_code == 3 and caught.value.hint
+
+
+def test_an_unknown_architecture_is_refused(tiny_base: Path, tmp_path: Path, config: RunConfig, home: Home) -> None:
+    copy = Path(shutil.copytree(tiny_base, tmp_path / "copy"))
+    settings = json.loads((copy / "config.json").read_text()) | {"model_type": "nobody", "architectures": ["Nobody"]}
+    (copy / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(BaseModelError):
+        train(config.model_copy(update={"model": str(copy)}), home)

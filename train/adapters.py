@@ -6,12 +6,16 @@ A reference is `demo` (its newest version), `demo@v2`, or a path to an adapter f
     'v2'
 """
 
+import os
 import re
+import shutil
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from loraport.clients.errors import AdapterError, UsageError
+from loraport.clients.errors import AdapterError, LoraportError, UsageError, os_errors
 from loraport.clients.home import Home
 from loraport.train.manifest import Manifest
 from loraport.train.weights import read_safetensors_shapes
@@ -98,3 +102,54 @@ def check_whole(folder: Path, manifest: Manifest) -> None:
             f"{folder / WEIGHTS} holds {parameters:,} parameters, the manifest says {manifest.trainable_parameters:,}.",
             "the file belongs to another adapter: train again, or restore the folder",
         )
+
+
+def find_same(home: Home, name: str, fingerprint: str) -> Adapter | None:
+    """The newest version of `name`, if it is whole and was made from the same inputs."""
+    found = versions(home, name)
+    try:
+        newest = open_adapter(home, str(found[-1])) if found else None
+    except LoraportError:
+        return None  # damaged: train again
+    return newest if newest and newest.manifest.fingerprint == fingerprint else None
+
+
+class PartialVersion:
+    """A hidden folder beside the versions of `name`, removed at the end unless it was renamed to a version."""
+
+    def __init__(self, home: Home, name: str) -> None:
+        self.home = home
+        self.parent = home.adapters / name
+
+    def __enter__(self) -> Path:
+        self.home.ensure(self.parent)
+        for stale in self.parent.glob(".partial-*"):  # of a run that was killed
+            if not Path(f"/proc/{stale.name.split('-')[1]}").exists():
+                shutil.rmtree(stale, ignore_errors=True)
+        with os_errors("making a folder in", self.parent):
+            self.folder = Path(tempfile.mkdtemp(prefix=f".partial-{os.getpid()}-", dir=self.parent))
+        return self.folder
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # it holds versions, or another run's folder
+            self.parent.rmdir()
+
+
+def publish(home: Home, folder: Path, manifest: Manifest) -> Adapter:
+    """Give the finished folder the next version number, by a rename that either happens or does not."""
+    while True:
+        found = versions(home, manifest.name)
+        number = int(found[-1].name[1:]) + 1 if found else 1
+        target = folder.parent / f"v{number}"
+        manifest = manifest.model_copy(update={"version": target.name})
+        manifest.write(folder)
+        check_whole(folder, manifest)
+        with os_errors("storing", target):
+            try:
+                folder.rename(target)
+            except OSError:
+                if not target.exists():  # another run took the number; anything else is an error
+                    raise
+                continue
+        return Adapter(target, manifest)

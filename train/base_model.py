@@ -51,7 +51,10 @@ class Base:
 
     @property
     def weight_files(self) -> list[Path]:
-        """The safetensors files, by name."""
+        """The safetensors files, by name: those of the index, where there is one."""
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            return sorted({self.folder / name for name in read_json(index).get("weight_map", {}).values()})
         return sorted(self.folder.glob("*.safetensors"))
 
     @property
@@ -86,14 +89,12 @@ def check_complete(base: Base) -> Base:
     if not base.weight_files:
         raise BaseModelError(
             f"{base.folder} has no *.safetensors.",
-            SAFETENSORS_HINT,
+            "Loraport reads safetensors only (other formats can run code): convert the weights first",
         )
-    index = base.folder / "model.safetensors.index.json"
-    named = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else set()
-    missing = sorted(name for name in named if not (base.folder / name).is_file())
+    missing = [path.name for path in base.weight_files if not path.is_file()]
     if missing:
         raise BaseModelError(
-            f"{base.folder} lacks {len(missing)} of its {len(named)} weight files, first {missing[0]}.",
+            f"{base.folder} lacks {len(missing)} of its {len(base.weight_files)} weight files, first {missing[0]}.",
             "copy or download them again",
         )
     for path in base.weight_files:
@@ -212,6 +213,11 @@ def identify(base: Base) -> BaseIdentity:
         chat_template_sha256=hashlib.sha256(chat_template(base).encode()).hexdigest(),
         weights_sha256=hash_weights(base.weight_files),
     )
+
+
+def reply_settings_sha256(base: Base) -> str:
+    """Hash of the files that decide where replies end: they change what is trained, not which base it is."""
+    return hash_files(base.folder, ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"))
 
 
 def has_fast(base: Base) -> bool:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from loraport.clients.errors import AdapterError
 from loraport.clients.home import Home
 from loraport.clients.terminal import console, print_json, say
 from loraport.train.adapters import Adapter, adapter_names, open_adapter, versions
@@ -79,16 +80,22 @@ adapters = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 def list_adapters(json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
     """List the adapters on this machine with their versions."""
     home = Home.default()
-    manifests = [Manifest.read(path) for name in adapter_names(home) for path in versions(home, name)]
+    manifests: list[Manifest] = []
+    for path in (path for name in adapter_names(home) for path in versions(home, name)):
+        try:
+            manifests.append(Manifest.read(path))
+        except AdapterError as error:  # one damaged folder must not hide the others
+            say(f"warning: {error.message}", "yellow")
     if json:
         print_json([m.model_dump(mode="json", exclude={"golden", "run"}) for m in manifests])
         return
     from rich.table import Table
 
-    table = Table("adapter", "version", "base", "rank", "rows", "eval loss", "created")
+    table = Table("adapter", "version", "base", "rank", "rows", "eval loss", "created", box=None)
     for m in manifests:
-        loss = f"{m.metrics['eval_loss']:.3f}"
-        table.add_row(m.name, m.version, m.base.model, str(m.rank), str(m.data.rows), loss, m.created[:16])
+        loss = f"{m.metrics['eval_loss']:.3f}" if "eval_loss" in m.metrics else ""
+        base = m.base.model.rstrip("/").rsplit("/", 1)[-1]
+        table.add_row(m.name, m.version, base, str(m.rank), str(m.data.rows), loss, m.created[:16])
     if manifests:
         console.print(table)
     else:

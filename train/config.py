@@ -5,7 +5,7 @@ manifest. Paths in a file are relative to that file.
 
     model: ../reader-9m
     data: train.jsonl
-    preset: all_linear_r16
+    preset: aggressive_r16_all
     epochs: 3
 """
 
@@ -50,8 +50,10 @@ class RunConfig(BaseModel):
     dropout: float = Field(0.05, ge=0, lt=1, description="Dropout before A; 0.1 is already high.")
     target_modules: tuple[str, ...] = Field((), description="Linear layers that get an adapter; empty: the preset's.")
 
-    dtype: Literal["auto", "float32", "bfloat16", "nf4"] = Field(
-        "auto", description="How the base is held: auto is bfloat16 on a GPU and float32 on a CPU; nf4 needs a GPU."
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "nf4"] = Field(
+        "auto",
+        description="How the base is held: auto is bfloat16 on a GPU (float16 on one without it) and float32 on a CPU; "
+        "nf4 is 4 bits and needs a GPU.",
     )
     gradient_checkpointing: bool | None = Field(
         None,
@@ -72,7 +74,7 @@ class RunConfig(BaseModel):
     def fill_from_preset(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Rank, alpha and targets that are not given come from the preset."""
         preset = values.get("preset", DEFAULT_PRESET)
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise ValueError(f"preset {preset!r} is not known; there are {', '.join(PRESETS)}")
         rank, alpha, targets = PRESETS[preset]
         filled = dict(values)
@@ -87,10 +89,10 @@ class RunConfig(BaseModel):
         """The smallest --max-lora-rank that vLLM accepts and that holds this rank."""
         return next(allowed for allowed in VLLM_RANKS if allowed >= self.rank)
 
-    def fingerprint(self, data_sha256: str, base_hashes: dict[str, str]) -> str:
-        """Hash of all that decides the result: settings, data and base; not where they lie."""
+    def fingerprint(self, data_sha256: str, inputs: dict[str, str]) -> str:
+        """Hash of all that decides the result: settings, data, and `inputs` such as the base; not where they lie."""
         settings = self.model_dump(mode="json", exclude={"model", "revision", "data", "eval_data"})
-        text = json.dumps([settings, data_sha256, base_hashes], sort_keys=True)
+        text = json.dumps([settings, data_sha256, inputs], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from loraport.clients.rows import Message
 from loraport.train.manifest import Golden, Reply
 from loraport.train.tokens import Encoder
 
@@ -44,8 +45,8 @@ def decode_greedily(model: Any, encoder: Encoder, prompt: list[int], most: int) 
     return Reply(tokens=tokens, logprobs=logprobs, margins=margins, text=text, stopped=stopped)
 
 
-def golden_replies(model: Any, encoder: Encoder, prompts: list[list[int]]) -> list[Golden]:
-    """Replies of adapter and base to GOLDEN_PROMPTS of `prompts`, those first on which the two differ.
+def golden_replies(model: Any, encoder: Encoder, conversations: list[list[Message]]) -> list[Golden]:
+    """Replies of adapter and base to GOLDEN_PROMPTS of `conversations`, those first on which the two differ.
 
     A prompt that both answer alike proves nothing about the adapter. `model`: a PeftModel, whose adapter is switched
     off for the base.
@@ -53,12 +54,13 @@ def golden_replies(model: Any, encoder: Encoder, prompts: list[list[int]]) -> li
     model.eval()
     telling: list[Golden] = []
     alike: list[Golden] = []
-    for prompt in prompts:
+    for messages in conversations:
+        prompt = encoder.prompt(messages)
         adapter = greedy_reply(model, encoder, prompt, GOLDEN_TOKENS)
         with model.disable_adapter():
             base = greedy_reply(model, encoder, prompt, GOLDEN_TOKENS)
         found = telling if adapter.tokens != base.tokens else alike
-        found.append(Golden(prompt_tokens=prompt, adapter=adapter, base=base))
+        found.append(Golden(messages=messages, prompt_tokens=prompt, adapter=adapter, base=base))
         if len(telling) == GOLDEN_PROMPTS:
             break
     return [*telling, *alike][:GOLDEN_PROMPTS]

@@ -56,8 +56,9 @@ class Reply(Part):
 
 
 class Golden(Part):
-    """One prompt and the replies of adapter and base to it."""
+    """One prompt, as messages and as the tokens that training made of them, and the replies of adapter and base."""
 
+    messages: list[dict[str, str]]
     prompt_tokens: list[int]
     adapter: Reply
     base: Reply
@@ -91,6 +92,7 @@ class Manifest(Part):
     adapter_bytes: int  # of adapter_model.safetensors
     max_lora_rank: int  # the smallest --max-lora-rank of vLLM that holds this adapter
     stop_tokens: list[int]
+    chat_template_kwargs: dict[str, bool]  # what the template must be given at inference to render as in training
     data: DataCounts
     run: dict[str, Any]  # the resolved run configuration
     metrics: dict[str, float]

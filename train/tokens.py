@@ -1,7 +1,9 @@
 """Rows to tokens: the chat template is rendered once, and loss falls on the assistant's turns and their end alone.
 
 The trained part of a turn begins where inference would begin to generate and ends with a token that generation stops
-on. A row for which that cannot be established is refused: a model trained on it would never learn to stop.
+on. It is found by rendering the turn's prompt: what follows in the full text is the turn. Prompt and last turn are
+tokenised apart, so that the tokens before the trained part are exactly those that inference sends. A row for which
+none of this can be established is refused: a model trained on it would never learn to stop.
 
     >>> encoder = Encoder.load("examples/reader-9m")
     >>> encoder.encode(row).labels          # -100 everywhere but on "Paris", "<|im_end|>"
@@ -12,19 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from loraport.clients.errors import BaseModelError, DataError
-from loraport.clients.rows import Row
+from loraport.clients.rows import Message, Row
 
 IGNORED = -100  # torch's cross entropy skips these labels
-GENERATION_MARKER = "{% generation %}"
+Span = tuple[int, int]  # characters of the rendered text: first, and one behind the last
 
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised row: `input_ids` and `labels` of T tokens; labels are the same tokens, or IGNORED."""
+    """A tokenised row: `input_ids` and `labels` of T tokens; labels are the same tokens, or IGNORED.
+
+    `untrained_turns`: assistant turns before the last that carry no loss, because the template renders them
+    differently once others follow (thinking models drop thoughts there).
+    """
 
     input_ids: list[int]
     labels: list[int]
     line: int
+    untrained_turns: int = 0
 
     @property
     def features(self) -> dict[str, list[int]]:
@@ -39,21 +46,36 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A base's tokenizer and template, and the tokens on which its generation stops."""
+    """A base's tokenizer and template, the tokens on which its generation stops, and what the template is given."""
 
     tokenizer: Any
     stop_tokens: frozenset[int]
+    template_kwargs: dict[str, bool]
 
     @classmethod
     def load(cls, folder: Path) -> "Encoder":
-        """Read the tokenizer of a model folder; BaseModelError when it has no chat template or no stop token."""
+        """Read the tokenizer of a model folder.
+
+        BaseModelError when it cannot be read, has no chat template, no offsets, or no token to stop on.
+        """
         from transformers import AutoTokenizer, GenerationConfig
 
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise BaseModelError(
+                f"the tokenizer in {folder} cannot be loaded: {first_line(error)}.",
+                "is tokenizer.json there and whole?",
+            ) from error
         if not tokenizer.chat_template:
             raise BaseModelError(
                 f"{folder} has no chat template, so rows of messages cannot be rendered.",
                 "use the instruct version of the model, or put a chat_template.jinja into the folder",
+            )
+        if not tokenizer.is_fast:
+            raise BaseModelError(
+                f"the tokenizer in {folder} cannot say where its tokens lie in the text.",
+                "convert it to a tokenizer.json (AutoTokenizer.from_pretrained(...).save_pretrained(...))",
             )
         stops = {tokenizer.eos_token_id}
         if (folder / "generation_config.json").is_file():
@@ -64,70 +86,103 @@ class Encoder:
             raise BaseModelError(
                 f"{folder} names no token that ends generation.", "set eos_token_id in generation_config.json"
             )
-        return cls(tokenizer, frozenset(stops))
+        return cls(tokenizer, frozenset(stops), thinking_off(tokenizer))
 
     def encode(self, row: Row) -> Example:
-        """Tokens and labels of a row; DataError when a trained turn would not end in a stop token."""
-        marked = GENERATION_MARKER in self.tokenizer.chat_template.replace("{%-", "{%").replace("-%}", "%}")
-        tokens, trained = self._masked_by_template(row) if marked else self._masked_by_prefixes(row)
-        for end in range(len(tokens)):
-            ends_turn = trained[end] and (end + 1 == len(tokens) or not trained[end + 1])
-            if ends_turn and tokens[end] not in self.stop_tokens:
-                raise DataError(
-                    f"line {row.line}: an assistant turn ends in {self.tokenizer.decode(tokens[end])!r}, on which "
-                    f"generation does not stop.",
-                    "the chat template must close assistant turns with a token of generation_config's eos_token_id",
-                )
-        labels = [token if learn else IGNORED for token, learn in zip(tokens, trained, strict=True)]
-        return Example(tokens, labels, row.line)
+        """Tokens and labels of a row; DataError when it cannot be told what to learn from it."""
+        self._refuse_special_tokens(row)
+        full, prompt = self._render(row, row.messages), self._render(row, row.prompt, add_generation_prompt=True)
+        if not full.startswith(prompt):
+            raise DataError(
+                f"line {row.line}: the chat template renders the last reply's prompt differently in training than in "
+                f"generation, so what to learn cannot be told.",
+                "use another chat template: put a chat_template.jinja into the model's folder",
+            )
+        tokens, starts = self._tokenise(full, len(prompt))
+        labels = [IGNORED] * len(tokens)
+        spans = self._earlier_turns(row, full)
+        for begin, end in [*(span for span in spans if span), (len(prompt), len(full))]:
+            self._mark(row, tokens, starts, labels, (begin, end))
+        return Example(tokens, labels, row.line, untrained_turns=sum(span is None for span in spans))
 
-    def prompt(self, row: Row) -> list[int]:
-        """Tokens that inference sends for the last assistant turn of a row, the generation prompt included."""
-        rendered = self.tokenizer.apply_chat_template(
-            row.prompt, add_generation_prompt=True, return_dict=True, enable_thinking=False
-        )
-        return list(rendered["input_ids"])
+    def prompt(self, messages: list[Message]) -> list[int]:
+        """Tokens that inference sends to get an answer to `messages`, the generation prompt included."""
+        text = self._render(Row(messages, 0), messages, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _masked_by_template(self, row: Row) -> tuple[list[int], list[bool]]:
-        """Masks from the template's generation markers."""
-        rendered = self.tokenizer.apply_chat_template(
-            row.messages, return_dict=True, return_assistant_tokens_mask=True, enable_thinking=False
-        )
-        return list(rendered["input_ids"]), [bool(mask) for mask in rendered["assistant_masks"]]
+    def _tokenise(self, text: str, cut: int) -> tuple[list[int], list[int]]:
+        """Token ids, and the character at which each begins; the text before and behind `cut` apart."""
+        tokens: list[int] = []
+        starts: list[int] = []
+        for begin, part in ((0, text[:cut]), (cut, text[cut:])):
+            encoded = self.tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
+            tokens += encoded["input_ids"]
+            starts += [begin + start for start, _ in encoded["offset_mapping"]]
+        return tokens, starts
 
-    def _masked_by_prefixes(self, row: Row) -> tuple[list[int], list[bool]]:
-        """Masks from rendering each assistant turn's prompt: what it adds to the full text is the turn.
+    def _earlier_turns(self, row: Row, full: str) -> list[Span | None]:
+        """Characters of the assistant turns before the last; None for one that the full text renders differently."""
+        spans: list[Span | None] = []
+        for index in range(row.last_reply):
+            if row.messages[index]["role"] == "assistant":
+                prompt = self._render(row, row.messages[:index], add_generation_prompt=True)
+                until = self._render(row, row.messages[: index + 1])
+                told = until.startswith(prompt) and full.startswith(until)
+                spans.append((len(prompt), len(until)) if told else None)
+        return spans
 
-        Holds only where each prompt is a prefix of the full text; a template that renders earlier turns differently
-        once others follow (thinking models do) is refused for rows with several assistant turns.
-        """
-        full = self._render(row.messages)
-        encoded = self.tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
-        tokens, starts = list(encoded["input_ids"]), [start for start, _ in encoded["offset_mapping"]]
-        trained = [False] * len(tokens)
-        for index, message in enumerate(row.messages):
-            if message["role"] == "assistant":
-                prefix = self._render(row.messages[:index], add_generation_prompt=True)
-                if not full.startswith(prefix):
-                    raise DataError(
-                        f"line {row.line}: the chat template renders message {index + 1} differently in training than "
-                        f"in generation, so what to learn cannot be told.",
-                        "split the conversation so that each row ends with one assistant turn, or mark the template's "
-                        "assistant turns with {% generation %} ... {% endgeneration %}",
-                    )
-                self._mark_turn(tokens, starts, trained, len(prefix))
-        return tokens, trained
-
-    def _mark_turn(self, tokens: list[int], starts: list[int], trained: list[bool], begin: int) -> None:
-        """Mark tokens from character `begin` to the first stop token after it, inclusive; to the end without one."""
+    def _mark(self, row: Row, tokens: list[int], starts: list[int], labels: list[int], span: Span) -> None:
+        """Give loss to the tokens of `span` up to the first stop token, inclusive; DataError when there is none."""
         for position, token in enumerate(tokens):
-            if starts[position] >= begin:
-                trained[position] = True
+            if span[0] <= starts[position] < span[1]:
+                labels[position] = token
                 if token in self.stop_tokens:
                     return
+        raise DataError(
+            f"line {row.line}: the chat template does not end an assistant turn with a token that stops generation.",
+            "the token that closes assistant turns must be in eos_token_id of generation_config.json",
+        )
 
-    def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **options))
+    def _render(self, row: Row, messages: list[Message], **options: Any) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **self.template_kwargs, **options))
+        except TemplateError as error:
+            raise DataError(
+                f"line {row.line}: the chat template refuses the row: {first_line(error)}.",
+                "some templates take no system message, or want user and assistant to alternate",
+            ) from error
+
+    def _refuse_special_tokens(self, row: Row) -> None:
+        """A turn that spells a special token would end, or begin, where nobody meant it to."""
+        for number, message in enumerate(row.messages, 1):
+            found = next((token for token in self.tokenizer.all_special_tokens if token in message["content"]), None)
+            if found:
+                raise DataError(
+                    f"line {row.line}: message {number} contains {found!r}, which is a special token of this model.",
+                    "remove it from the text",
+                )
+
+
+def thinking_off(tokenizer: Any) -> dict[str, bool]:
+    """{"enable_thinking": False} where the template knows that switch: rows hold replies without thoughts."""
+    from jinja2 import TemplateError
+
+    question = [{"role": "user", "content": "?"}]
+    try:
+        plain, off = (
+            tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True, **kwargs)
+            for kwargs in ({}, {"enable_thinking": False})
+        )
+    except TemplateError:
+        return {}
+    return {"enable_thinking": False} if plain != off else {}
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line without a full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def encode_rows(encoder: Encoder, rows: list[Row], longest: int, where: Path) -> list[Example]:

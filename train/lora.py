@@ -1,0 +1,152 @@
+"""The frozen base with LoRA layers on it: types, quantisation, targets.
+
+>>> model = load_lora(resolve("examples/reader-9m"), config)       # a PeftModel
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from loraport.clients.errors import BaseModelError, ConfigError, ResourceError
+from loraport.train.base_model import Base
+from loraport.train.config import RunConfig
+from loraport.train.tokens import first_line
+
+LARGE_MODEL = 1_000_000_000  # parameters from which activations, not weights, decide about memory
+
+
+@dataclass(frozen=True)
+class Device:
+    """What torch computes on: `kind` is cuda or cpu, `has_bf16` whether it does bfloat16 in hardware."""
+
+    kind: str
+    has_bf16: bool
+
+    @classmethod
+    def here(cls) -> "Device":
+        """The first GPU, or the CPU."""
+        import torch
+
+        if torch.cuda.is_available():
+            return cls("cuda", torch.cuda.is_bf16_supported(including_emulation=False))
+        return cls("cpu", False)
+
+
+@dataclass(frozen=True)
+class Types:
+    """`held`: how the base's linears are held (the manifest's base_dtype); `computed`: type of the arithmetic."""
+
+    held: str
+    computed: str
+
+
+def choose_types(config: RunConfig, device: Device) -> Types:
+    """What the configuration's `dtype` means on `device`; ConfigError for nf4 without a GPU.
+
+    A GPU without bfloat16 (before Ampere) gets float16, a CPU float32.
+    """
+    half = "bfloat16" if device.has_bf16 else "float16"
+    if config.dtype == "nf4":
+        if device.kind != "cuda":
+            raise ConfigError("dtype nf4 needs an NVIDIA GPU, and there is none here.", "use --dtype auto")
+        return Types("nf4", half)
+    if config.dtype == "auto":
+        chosen = half if device.kind == "cuda" else "float32"
+        return Types(chosen, chosen)
+    return Types(config.dtype, config.dtype)
+
+
+def load_lora(base: Base, config: RunConfig) -> Any:
+    """The frozen base with fresh LoRA layers on its target modules, as a PeftModel.
+
+    Raises BaseModelError for an architecture that transformers does not know, ConfigError for targets that the base
+    does not have, ResourceError when the memory does not hold it.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
+
+    quiet_transformers()
+    set_seed(config.seed)
+    model = load_base(base, choose_types(config, Device.here()))
+    check_targets(base, config, model)
+    model.config.use_cache = False
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if use_checkpointing(config, model):
+        model.enable_input_require_grads()
+    return get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=list(config.target_modules),
+        ),
+    )
+
+
+def load_base(base: Base, types: Types) -> Any:
+    """The base's weights on the first GPU or in memory."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    computed = getattr(torch, types.computed)
+    options: dict[str, Any] = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
+    if types.held == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=computed,
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            base.folder, dtype=computed, attn_implementation="sdpa", trust_remote_code=False, **options
+        )
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ResourceError(
+            f"the weights of {base.model} ({base.weight_bytes / 2**30:.1f} GiB on disk) do not fit the memory.",
+            "use --dtype nf4 on a GPU, end other programs that use the memory, or train a smaller model",
+        ) from error
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise BaseModelError(
+            f"{base.model} cannot be loaded as a causal language model: {first_line(error)}.",
+            f"its config.json says model_type {base.config.get('model_type')!r}; is it supported by this transformers?",
+        ) from error
+
+
+def quiet_transformers() -> None:
+    """Progress bars and advice of libraries would drown ours; their errors still arrive as exceptions."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def check_targets(base: Base, config: RunConfig, model: Any) -> None:
+    """ConfigError unless each target module is the name of linear layers of the base, its head aside."""
+    import torch
+
+    head = model.get_output_embeddings()
+    linears = {
+        path.rsplit(".", 1)[-1]
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    missing = [name for name in config.target_modules if name not in linears]
+    if missing:
+        raise ConfigError(
+            f"{base.model} has no linear layers called {', '.join(missing)} that an adapter may go onto.",
+            f"choose --target-modules among: {', '.join(sorted(linears))}",
+        )
+
+
+def use_checkpointing(config: RunConfig, model: Any) -> bool:
+    """As configured, else for models whose activations would not fit."""
+    wanted = config.gradient_checkpointing
+    return base_parameters(model) >= LARGE_MODEL if wanted is None else wanted
+
+
+def base_parameters(model: Any) -> int:
+    """Number of parameters without those of an adapter, 4-bit ones counted in full."""
+    return int(model.num_parameters() - sum(p.numel() for p in model.parameters() if p.requires_grad))
