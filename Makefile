@@ -1,6 +1,10 @@
 # Loraport. `make train serve` does everything on a fresh machine; `make help` lists the rest.
-#   MODEL=<folder or hub id> DATA=<rows.jsonl> NAME=<adapter> PRESET=<preset> PORT=<port> ARGS="<further flags>"
+#   MODEL=<folder or hub id> DATA=<rows.jsonl> NAME=<adapter> CONFIG=<run.yaml> PRESET=<preset> PORT=<port>
+#   ARGS="<further flags>"         of the one command called; with `make train serve`: of train
+#   SERVE_ARGS="<further flags>"   of serve, whatever else is called
 #   PYTHON=python3.11 DEVICE=cpu|cuda choose the environment.
+# `make serve` answers with the adapter NAME on the base it was trained on. `make serve MODEL=...` answers with that base
+# alone; with NAME too, it says where NAME's base lies now. Values may hold blanks: DATA="my rows.jsonl".
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,10 +13,16 @@ IN := $(VENV)/bin/python -m
 
 # The demo, unless MODEL or DATA say otherwise.
 CONFIG ?= $(if $(MODEL)$(DATA),,examples/demo/train.yaml)
+TRAINS := $(filter train,$(MAKECMDGOALS))
+SERVED := $(if $(NAME),$(NAME),$(if $(TRAINS),demo,$(if $(MODEL),,demo)))
 NAME ?= demo
 PORT ?= 8000
 
-.PHONY: help setup train serve eval chat bench test lint lock links clean
+# A value as one word of the shell, whatever is in it; and a flag with its value, where it has one.
+quoted = '$(subst ','\'',$(1))'
+flag = $(if $(2),$(1) $(call quoted,$(2)))
+
+.PHONY: help setup train serve eval test lint lock links clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -22,14 +32,16 @@ setup:  ## make .venv for this machine (CPU or CUDA, uv or pip); nothing to do t
 	@$(PYTHON) requirements/install.py $(VENV)
 
 train: setup  ## train the adapter NAME; nothing to do while data, configuration and base are unchanged
-	@$(LORAPORT) train --name $(NAME) $(if $(CONFIG),--config $(CONFIG)) $(if $(MODEL),--model $(MODEL)) \
-	  $(if $(DATA),--data $(DATA)) $(if $(PRESET),--preset $(PRESET)) $(ARGS)
+	@$(LORAPORT) train $(call flag,--name,$(NAME)) $(call flag,--config,$(CONFIG)) $(call flag,--model,$(MODEL)) \
+	  $(call flag,--data,$(DATA)) $(call flag,--preset,$(PRESET)) $(ARGS)
 
 serve: setup  ## answer with base and adapter NAME on one OpenAI-compatible URL, until Ctrl-C
-	@$(LORAPORT) serve $(NAME) --port $(PORT) $(if $(filter train,$(MAKECMDGOALS)),,$(ARGS))
+	@$(LORAPORT) serve $(if $(SERVED),$(call quoted,$(SERVED))) $(if $(TRAINS),,$(call flag,--model,$(MODEL))) \
+	  --port $(PORT) $(if $(TRAINS),,$(ARGS)) $(SERVE_ARGS)
 
 eval: setup  ## success and stop rate of base and adapter on the demo's held-out rows, against a running `make serve`
-	@$(LORAPORT) eval --base-url http://127.0.0.1:$(PORT)/v1 --data examples/demo/heldout.jsonl --model base --model $(NAME)
+	@$(LORAPORT) eval --base-url http://127.0.0.1:$(PORT)/v1 --data examples/demo/heldout.jsonl --model base \
+	  $(call flag,--model,$(NAME)) $(ARGS)
 
 test: setup links  ## unit tests, fake-engine tests and the integration tests on the real vLLM
 	@$(PYTHON) requirements/install.py $(VENV) --test
@@ -43,7 +55,7 @@ links:  ## a link tree that maps loraport.* to the rooms, for mypy and for use w
 	@mkdir -p .links/loraport
 	@for room in bench clients serve train; do ln -sfn ../../$$room .links/loraport/$$room; done
 
-UV_COMPILE = uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --python-platform x86_64-manylinux_2_28
+UV_COMPILE = uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --python-platform x86_64-manylinux_2_35
 NO_CPU_BUILD := triton torchvision torchaudio torchcodec
 NOT_NEEDED := fastapi-cloud-cli sentry-sdk rignore fastar detect-installer agent-detector
 lock:  ## make requirements/*.txt anew (needs uv, and torch's CPU build where uv looks: UV_FIND_LINKS)

@@ -2,7 +2,7 @@
 
 import inspect
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -45,8 +45,12 @@ def flag(name: str) -> inspect.Parameter:
     default = "" if field.is_required() or field.default in (None, ()) else f" [default: {field.default}]"
     known = f" One of {', '.join(PRESETS)}." if name == "preset" else ""
     kind = field.annotation if name != "target_modules" else list[str]
+    dashed = name.replace("_", "-")
+    switch = bool in get_args(field.annotation) or field.annotation is bool
     option = typer.Option(
-        f"--{name.replace('_', '-')}", help=f"{field.description}{known}{default}", show_default=False
+        f"--{dashed}/--no-{dashed}" if switch else f"--{dashed}",
+        help=f"{field.description}{known}{default}",
+        show_default=False,
     )
     return inspect.Parameter(
         name,
