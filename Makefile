@@ -3,8 +3,8 @@
 #   ARGS="<further flags>"         of the one command called; with `make train serve`: of train
 #   SERVE_ARGS="<further flags>"   of serve, whatever else is called
 #   PYTHON=python3.11 DEVICE=cpu|cuda choose the environment.
-# `make serve` answers with the adapter NAME on the base it was trained on. `make serve MODEL=...` answers with that base
-# alone; with NAME too, it says where NAME's base lies now. Values may hold blanks: DATA="my rows.jsonl".
+# `make serve` answers with the adapter NAME on the base it was trained on. `make serve MODEL=...` answers with that
+# base alone; with NAME too, it says where NAME's base lies now. Values may hold blanks: DATA="my rows.jsonl".
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -58,10 +58,11 @@ links:  ## a link tree that maps loraport.* to the rooms, for mypy and for use w
 UV_COMPILE = uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --python-platform x86_64-manylinux_2_35
 NO_CPU_BUILD := triton torchvision torchaudio torchcodec
 NOT_NEEDED := fastapi-cloud-cli sentry-sdk rignore fastar detect-installer agent-detector
+# cuda.txt without UV_FIND_LINKS: torch's CPU build there counts as newer than the one for CUDA, and would be pinned.
 lock:  ## make requirements/*.txt anew (needs uv, and torch's CPU build where uv looks: UV_FIND_LINKS)
 	cd requirements && $(UV_COMPILE) --no-emit-index-url $(foreach p,$(NO_CPU_BUILD) $(NOT_NEEDED),--no-emit-package $(p)) \
 	  cpu.in base.in -o cpu.txt
-	cd requirements && $(UV_COMPILE) $(foreach p,$(NOT_NEEDED),--no-emit-package $(p)) cuda.in base.in -o cuda.txt
+	cd requirements && env -u UV_FIND_LINKS $(UV_COMPILE) $(foreach p,$(NOT_NEEDED),--no-emit-package $(p)) cuda.in base.in -o cuda.txt
 	cd requirements && $(UV_COMPILE) -c cpu.txt test.in -o test.txt
 
 clean:  ## remove the environment and what was built

@@ -4,8 +4,14 @@
 and tests/test_cli.py compares them with the commands' own help.
 """
 
+import os
+import signal
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module, metadata
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -23,6 +29,8 @@ COMMANDS = {
 
 # Commands that hand on the flags they do not know, to the program that they start.
 HANDS_ON = {"aider": {"allow_extra_args": True, "ignore_unknown_options": True}}
+
+SAME_SIGNAL_S = 5.0  # signals closer together than this are one
 
 
 def command_of(arguments: list[str]) -> str | None:
@@ -66,9 +74,60 @@ def global_options(
     """Options that stand before the command."""
 
 
-def main() -> None:
-    """Run the command line; every error leaves in one form, with the exit code of its kind."""
-    arguments = sys.argv[1:]
+def reserve_closed_streams() -> None:
+    """Put /dev/null where standard input, output or error is closed (`>&-`).
+
+    Python leaves None in sys then, and the next file that is opened would get the number of the closed one: a log, say,
+    into which then goes what was meant for nobody.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, mode))  # noqa: SIM115, PTH123  (for the rest of the process)
+
+
+@contextmanager
+def signals_as_exits() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into SystemExit, so that what is in `finally:` is done; those ignored stay ignored.
+
+    `timeout` signals a process and then its group: a second signal soon after the first is the same one, and must not
+    interrupt the clean-up. `loraport serve` has its own way with signals while it runs.
+    """
+    ended_at = float("-inf")
+
+    def end(number: int, frame: FrameType | None) -> None:
+        nonlocal ended_at
+        is_first, ended_at = time.monotonic() - ended_at > SAME_SIGNAL_S, time.monotonic()
+        if is_first:
+            raise SystemExit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    replaced = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    for number in replaced:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in replaced:
+            signal.signal(number, before[number])
+
+
+def is_unread(error: BaseException) -> bool:
+    """Whether `error` comes of writing to a pipe that nobody reads any more (`| head`). Typer and Rich hide it."""
+    return isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError)
+
+
+def end_unread() -> None:
+    """End as a program does that SIGPIPE ended, without the words that Python has for it at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        os.dup2(nowhere, number)
+    sys.exit(128 + signal.SIGPIPE)
+
+
+def run_command(arguments: list[str]) -> None:
+    """Run the command; every error leaves in one form, with the exit code of its kind."""
     debug = "--debug" in arguments
     try:
         build_app(command_of(arguments))()
@@ -84,6 +143,20 @@ def main() -> None:
                 error.__traceback__
             )
         exit_with(error, debug)
+    finally:
+        sys.stdout.flush()
+
+
+def main() -> None:
+    """Run the command line as a good citizen of a shell: see the functions above for closed streams and signals."""
+    reserve_closed_streams()
+    try:
+        with signals_as_exits():
+            run_command(sys.argv[1:])
+    except (BrokenPipeError, SystemExit) as error:
+        if is_unread(error):
+            end_unread()
+        raise
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The bench commands of `loraport`: now `eval`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,9 @@ from loraport.clients.terminal import console, print_json, say
 
 if TYPE_CHECKING:
     from loraport.bench.evaluate import Evaluation
+    from loraport.bench.limit import ReplyLimit
+    from loraport.clients.models import ModelCard
+    from loraport.clients.rows import Row
 
 MOST_MODELS = 8  # more are not meant when --model is left out
 
@@ -18,7 +22,9 @@ def eval(
     data: Annotated[Path, typer.Option(help="Chat rows (JSONL); the last assistant turn of each is the reference.")],
     model: Annotated[list[str] | None, typer.Option(help="A model; once for each. Default: all there are.")] = None,
     base_url: Annotated[str | None, typer.Option(help="The endpoint. Default: the one that serves here.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest reply in tokens.")] = 64,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest reply in tokens. Default: from the longest reference.")
+    ] = None,
     concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Requests at a time.")] = 8,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for a reply.")] = 120,
@@ -36,8 +42,8 @@ def eval(
 ) -> None:
     """Measure success and stop rate of models on held-out rows.
 
-    Success: the reply is the reference, blanks at both ends aside. A failed request is a row without success.
-    Intervals are Wilson's, 95%. The key is taken from OPENAI_API_KEY.
+    Success: the reply is the reference, blanks at both ends aside, and the model stopped by itself. A failed request is
+    a row without success. Intervals are Wilson's, 95%. The key is taken from OPENAI_API_KEY.
     """
     from loraport.bench.evaluate import Evaluation, Request
     from loraport.bench.report import all_figures, check_answered, check_verdict, print_report, to_json
@@ -47,11 +53,13 @@ def eval(
 
     rows = read_rows(data)[:limit]
     url = find_base_url(base_url, Home.default())
-    models = choose_models(url, model or [])
-    run = Evaluation(url, rows, models, Request(max_tokens, timeout, thinking), concurrency)
+    models, limit_of_reply = prepare(url, rows, model or [], max_tokens)
+    say(f"asking {', '.join(models)} at {url}", "dim")
+    say(f"replies of up to {limit_of_reply.tokens:,} tokens: {limit_of_reply.reason}", "dim")
+    run = Evaluation(url, rows, models, Request(limit_of_reply.tokens, timeout, thinking), concurrency)
     problem = ask_with_progress(run)
     if run.answers and json:
-        print_json(to_json(run, str(data), show))
+        print_json(to_json(run, str(data), show) | {"max_tokens_from": limit_of_reply.reason})
     elif run.answers:
         print_report(run, show)
     if problem:
@@ -61,15 +69,28 @@ def eval(
     check_verdict(all_figures(run)[-1], min_success, min_stop_rate)
 
 
-def choose_models(url: str, wanted: list[str]) -> list[str]:
+def prepare(
+    url: str, rows: "Sequence[Row]", wanted: list[str], max_tokens: int | None
+) -> tuple[list[str], "ReplyLimit"]:
+    """The models to ask, and how long their replies may be: `max_tokens`, or what their references need."""
+    from loraport.bench.limit import ReplyLimit, choose_limit
+    from loraport.clients.models import connect, context_length, list_models
+
+    with connect(url, timeout_s=30, retries=1) as client:
+        cards = list_models(client)
+        models = choose_models(url, cards, wanted)
+        if max_tokens:
+            return models, ReplyLimit(max_tokens, "--max-tokens")
+        return models, choose_limit(client, models[-1], rows, context_length(cards, models[-1]))
+
+
+def choose_models(url: str, cards: "Sequence[ModelCard]", wanted: list[str]) -> list[str]:
     """The models to ask, each once; all of the endpoint's where none is wanted, a second name aside.
 
     Raises UsageError when one is not there.
     """
-    from loraport.clients.models import check_model, connect, list_models
+    from loraport.clients.models import check_model
 
-    with connect(url, timeout_s=30, retries=1) as client:
-        cards = list_models(client)
     if wanted:
         return list(dict.fromkeys(check_model(cards, name) for name in wanted))
     all_models = list({card.root or card.id: card.id for card in reversed(cards)}.values())[::-1]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from loraport.bench.metrics import Answer
 from loraport.clients.endpoint import explain
 from loraport.clients.errors import EndpointError
-from loraport.clients.models import connect_async
+from loraport.clients.models import connect_async, thinking_option
 from loraport.clients.rows import Row
 
 if TYPE_CHECKING:
@@ -28,16 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """What every request has beside model and messages. `thinking`: None leaves it to the chat template."""
+    """What every request has beside model and messages. `thinking`: None leaves it to the server."""
 
-    max_tokens: int = 64
+    max_tokens: int
     timeout_s: float = 120
     thinking: bool | None = None
 
     def parameters(self) -> dict[str, Any]:
-        """Keyword arguments for the `openai` client. `enable_thinking` counts only inside chat_template_kwargs."""
-        extra = {} if self.thinking is None else {"chat_template_kwargs": {"enable_thinking": self.thinking}}
-        return {"temperature": 0, "max_tokens": self.max_tokens, "extra_body": extra}
+        """Keyword arguments for the `openai` client."""
+        return {"temperature": 0, "max_tokens": self.max_tokens, **thinking_option(self.thinking)}
 
 
 @dataclass

@@ -29,8 +29,8 @@ class Answer:
 
     @property
     def is_success(self) -> bool:
-        """The reply is the reference, blanks at both ends aside."""
-        return not self.error and self.reply.strip() == self.reference.strip()
+        """The reply is the reference, blanks at both ends aside, and the model ended it itself."""
+        return not self.error and self.stopped and self.reply.strip() == self.reference.strip()
 
     @property
     def stopped(self) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraport.clients.endpoint import endpoint_errors
 from loraport.clients.errors import EndpointError, LoraportError, UsageError
-from loraport.clients.models import check_model, context_length, list_models
+from loraport.clients.models import check_model, context_length, list_models, thinking_option
 from loraport.clients.rows import Message
 from loraport.clients.terminal import printable, say
 
@@ -41,10 +41,9 @@ class Settings:
     thinking: bool | None = None
 
     def parameters(self) -> dict[str, Any]:
-        """Keyword arguments for the `openai` client. `enable_thinking` counts only inside chat_template_kwargs."""
+        """Keyword arguments for the `openai` client."""
         given = {"max_tokens": self.max_tokens, "temperature": self.temperature}
-        extra = {} if self.thinking is None else {"chat_template_kwargs": {"enable_thinking": self.thinking}}
-        return {key: value for key, value in given.items() if value is not None} | {"extra_body": extra}
+        return {key: value for key, value in given.items() if value is not None} | thinking_option(self.thinking)
 
 
 @dataclass(frozen=True)
@@ -137,8 +136,8 @@ class Terminal:
 
     def run(self) -> None:
         """Read and answer until the input ends or /exit."""
-        if self.interactive:
-            say(f"{self.chat.model} at {self.chat.base_url}: /help lists commands, Ctrl-D ends", "dim")
+        where = f"{self.chat.model} at {self.chat.base_url}"
+        say(f"{where}: /help lists commands, Ctrl-D ends" if self.interactive else where, "dim")
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # what is not UTF-8 cannot be sent as JSON
         for line in self.lines():

@@ -70,6 +70,28 @@ def context_length(cards: Sequence[ModelCard], model: str) -> int | None:
     return known.get(model) or known.get(parent or "") or (min(known.values()) if known else None)
 
 
+def thinking_option(thinking: bool | None) -> dict[str, Any]:
+    """Keyword arguments for the `openai` client that switch thinking on or off; None: as the server does by default.
+
+    `enable_thinking` counts only inside chat_template_kwargs: beside the messages, vLLM ignores it.
+    """
+    return {} if thinking is None else {"extra_body": {"chat_template_kwargs": {"enable_thinking": thinking}}}
+
+
+def count_tokens(client: "OpenAI", model: str, text: str) -> int | None:
+    """Tokens of `text` as the server's /tokenize (vLLM's, beside /v1) counts them; None where it does not."""
+    import openai
+
+    url = f"{str(client.base_url).rstrip('/').removesuffix('/v1')}/tokenize"
+    body = {"model": model, "prompt": text, "add_special_tokens": False}
+    try:
+        counted = client.with_options(max_retries=0, timeout=30).post(url, body=body, cast_to=object)
+    except openai.OpenAIError:
+        return None
+    count = counted.get("count") if isinstance(counted, dict) else None
+    return count if isinstance(count, int) else None
+
+
 def check_model(cards: Sequence[ModelCard], model: str) -> str:
     """Return `model` if the endpoint has it; UsageError that lists what there is otherwise."""
     names = [card.id for card in cards]

@@ -113,6 +113,13 @@ def install_pins(installer, path):
     if "+cpu" in pin and not installer.try_install(pin):
         installer.install(pin, "--index-url", TORCH_CPU_INDEX, pin)
     installer.install(os.path.relpath(path, ROOT), "-r", path)
+    if "+cpu" not in pin and b"+cpu" in subprocess.check_output(
+        [installer.python, "-c", "import importlib.metadata as m; print(m.version('torch'))"]
+    ):
+        fail(
+            "the CPU build of torch was installed on a machine with a GPU.",
+            "one of your package sources (find-links, extra-index-url) prefers it: take it out and run make setup",
+        )
 
 
 def set_up(venv, device):

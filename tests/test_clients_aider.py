@@ -63,7 +63,7 @@ def test_aider_is_told_model_context_and_endpoint(stand_in: Path, monkeypatch: p
     assert seen["metadata"]["openai/demo"]["max_input_tokens"] == 40_000 - 8192
     assert seen["settings"][0]["extra_params"] == {"max_tokens": 8192}
     assert {one["name"] for one in seen["settings"]} == {"openai/base", "openai/demo"}
-    assert "context 40,000 tokens" in err
+    assert f"Aider with demo at {endpoint.base_url}, context 40,000 tokens" in err
     assert "warning" not in err
 
 

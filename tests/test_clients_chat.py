@@ -48,6 +48,14 @@ def test_settings_that_are_not_given_are_left_to_the_server() -> None:
     assert (endpoint.requests[1]["max_tokens"], endpoint.requests[1]["temperature"]) == (3, 0)
 
 
+def test_an_endpoint_from_the_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OPENAI_BASE_URL wins over an endpoint that serves here: not without a word."""
+    with FakeOpenAI({"demo": echo}) as endpoint:
+        monkeypatch.setenv("OPENAI_BASE_URL", endpoint.base_url)
+        done = subprocess.run(CHAT, input=b"hi\n", capture_output=True, timeout=60)
+    assert (done.stdout, done.stderr.decode()) == (b"1:hi\n", f"demo at {endpoint.base_url}\n")
+
+
 def test_too_long_a_conversation_is_said_in_words_and_stays_usable() -> None:
     with FakeOpenAI({"demo": echo}, Knobs(context=30)) as endpoint:
         chat = talk(endpoint)
@@ -103,7 +111,7 @@ def test_lines_on_standard_input() -> None:
     with FakeOpenAI({"base": echo, "demo": echo}) as endpoint:
         done = run_lines(endpoint, b"h\xffi\n\nyou\n/exit\nnot sent\n")
     assert done.stdout.decode() == "1:h�i\n3:you\n"
-    assert (done.stderr, done.returncode) == (b"", 0)
+    assert (done.stderr.decode(), done.returncode) == (f"demo at {endpoint.base_url}\n", 0)
     assert endpoint.requests[0]["model"] == "demo"  # the first adapter, not the base
 
 

@@ -9,7 +9,7 @@ import pytest
 from openai import APIStatusError, BadRequestError, NotFoundError, OpenAI
 
 from loraport.clients.cli import env
-from loraport.clients.models import choose_model, connect, context_length, list_models
+from loraport.clients.models import choose_model, connect, context_length, count_tokens, list_models
 from tests.conftest import Served
 
 pytestmark = pytest.mark.engine
@@ -49,6 +49,11 @@ def test_chat_and_its_stream_say_the_same(client: OpenAI, model: str) -> None:
     endings = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
     assert endings[-1] == whole.choices[0].finish_reason
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_the_engine_counts_tokens(client: OpenAI, served: Served) -> None:
+    counts = [count_tokens(client, served.adapter, "The ship" * times) for times in (1, 8)]
+    assert counts[0] and counts[1] and counts[0] < counts[1]
 
 
 def test_completions(client: OpenAI) -> None:

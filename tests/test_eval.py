@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai import APITimeoutError
+from openai.resources.chat.completions import AsyncCompletions
 
 from loraport.bench.cli import eval as evaluate
 from loraport.bench.metrics import Answer, summarize, wilson
@@ -60,6 +62,53 @@ def test_failed_requests_count_as_rows_without_success_but_not_in_the_speed() ->
     assert figures.errors == {"timeout": 1}
 
 
+def test_a_reply_that_was_cut_is_no_success() -> None:
+    """The reference came out, but the model would have gone on: it has not learnt to stop."""
+    cut = Answer("m", 1, "q", "yes", reply="yes", finish_reason="length", completion_tokens=1)
+    assert not cut.is_success and not cut.stopped
+    assert summarize("m", [cut]).success.count == 0
+
+
+def write_reference(folder: Path, reference: str) -> Path:
+    """One row with this reference."""
+    path = folder / "long.jsonl"
+    messages = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": reference}]
+    path.write_text(json.dumps({"messages": messages}, ensure_ascii=False))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("reference", "tokenizes", "context", "flag", "limit", "says"),
+    [
+        ("y" * 200, False, 1000, None, 232, "the longest reference, 200 bytes, and 32"),
+        ("é" * 100, False, 1000, None, 232, "the longest reference, 200 bytes, and 32"),
+        ("y" * 200, True, 1000, None, 432, "twice the longest reference, 200 tokens, and 32"),
+        ("y" * 200, True, 800, None, 400, "half of the context"),
+        ("y", False, 1000, None, 64, "the least there is by default"),
+        ("y" * 200, True, 1000, 150, 150, "--max-tokens"),
+    ],
+)
+def test_how_long_a_reply_may_be(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    reference: str,
+    tokenizes: bool,
+    context: int,
+    flag: int | None,
+    limit: int,
+    says: str,
+) -> None:
+    knobs = Knobs(tokenizes=tokenizes, context=context)
+    with FakeOpenAI({"base": know, "demo": lambda messages: reference}, knobs) as endpoint:
+        evaluate(write_reference(tmp_path, reference), ["demo"], endpoint.base_url, max_tokens=flag, json=True)
+    assert endpoint.requests[0]["max_tokens"] == limit
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert (report["max_tokens"], report["max_tokens_from"]) == (limit, says)
+    assert report["models"][0]["success"]["rate"] == (1 if limit >= len(reference) else 0)
+    assert f"asking demo at {endpoint.base_url}\nreplies of up to {limit} tokens: {says}\n" in captured.err
+
+
 def test_models_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with FakeOpenAI(MODELS) as endpoint:
         evaluate(make_rows(tmp_path), ["base", "demo"], endpoint.base_url, max_tokens=20, show=1, json=True)
@@ -88,6 +137,12 @@ def test_requests_are_greedy_and_models_take_turns(tmp_path: Path) -> None:
     assert (first["temperature"], first["max_tokens"]) == (0, 64)
     assert first["chat_template_kwargs"] == {"enable_thinking": False}
     assert first["messages"] == [{"role": "user", "content": "say 0\n[red]"}]
+
+
+def test_thinking_that_is_not_given_is_left_to_the_server(tmp_path: Path) -> None:
+    with FakeOpenAI({"demo": know}) as endpoint:
+        evaluate(make_rows(tmp_path, 1), None, endpoint.base_url)
+    assert "chat_template_kwargs" not in endpoint.requests[0]
 
 
 def test_the_table_and_failing_replies_are_safe_to_print(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,9 +217,20 @@ def test_a_server_that_never_answers_is_left_at_the_first_timeout(tmp_path: Path
         evaluate(make_rows(tmp_path), ["demo"], endpoint.base_url, timeout=0.2)
 
 
-def test_a_timeout_after_answers_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with FakeOpenAI(MODELS, Knobs(hang_on="say 3")) as endpoint:
-        evaluate(make_rows(tmp_path), ["demo"], endpoint.base_url, timeout=1, concurrency=1, json=True)
+def test_a_timeout_after_answers_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a clock: on a busy machine, a real timeout that is short enough for a test also hits other requests."""
+    create = AsyncCompletions.create
+
+    async def time_out(self: AsyncCompletions, **request: Any) -> Any:
+        if "say 3" in request["messages"][-1]["content"]:
+            raise APITimeoutError(request=None)  # type: ignore[arg-type]
+        return await create(self, **request)
+
+    monkeypatch.setattr(AsyncCompletions, "create", time_out)
+    with FakeOpenAI(MODELS) as endpoint:
+        evaluate(make_rows(tmp_path), ["demo"], endpoint.base_url, concurrency=1, json=True)
     (demo,) = report_of(capsys)["models"]
     assert demo["errors"] == {"timeout": 1}
     assert demo["success"]["count"] == 5

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from loraport.clients.home import Home
 from tests.fake_hub import FakeHub
+from tests.test_train_run import write_rows
 
 RESOLVE = """
 import os, shutil, sys
@@ -47,6 +49,14 @@ FILES = {
     "pytorch_model.bin": bytes(SIZE),  # not wanted
     "README.md": b"# Tiny",
 }
+FIND_BASE = """
+from loraport.clients.home import Home
+from loraport.serve.checks import find_base
+from loraport.train.adapters import open_adapter
+
+base = find_base(None, [open_adapter(Home.default(), "colours")])
+print(base.model, base.revision, base.folder)
+"""
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 
@@ -64,12 +74,17 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "hf"
 
 
-def resolve(hub: FakeHub, cache: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """resolve(*arguments) in a process that knows this hub alone."""
+def run(hub: FakeHub, cache: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Python with these arguments, in a process that knows this hub alone."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment = clean | {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache)} | more
-    command = [sys.executable, "-c", RESOLVE, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def resolve(hub: FakeHub, cache: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """resolve(*arguments) in such a process."""
+    return run(hub, cache, "-c", RESOLVE, *arguments, **more)
 
 
 def folder_of(done: subprocess.CompletedProcess[str]) -> Path:
@@ -205,3 +220,27 @@ def test_a_transfer_that_never_comes_through_leaves_the_files_that_did(hub: Fake
 def test_a_damaged_model_is_named(hub: FakeHub, cache: Path) -> None:
     hub.add("org/bare", {"config.json": b"{}", "model.safetensors": b"x" * 10})
     assert "names no model_type" in refusal_of(resolve(hub, cache, "org/bare"))
+
+
+def test_an_adapter_trained_on_a_hubs_model_finds_its_base_again(
+    hub: FakeHub, cache: Path, tiny_base: Path, home: Home, tmp_path: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in tiny_base.iterdir()}
+    commit = hub.add("org/tiny", files).commit
+    rows = write_rows(tmp_path / "rows.jsonl")
+    train = ["-m", "loraport_cli", "train", "--model", "org/tiny", "--data", str(rows), "--name", "colours"]
+    trained = run(hub, cache, *train, "--epochs", "1", "--json")
+    assert trained.returncode == 0, trained.stderr
+    recorded = json.loads(trained.stdout)["base"]
+    assert (recorded["model"], recorded["revision"]) == ("org/tiny", commit)
+
+    hub.requests.clear()
+    found = run(hub, cache, "-c", FIND_BASE, **OFFLINE)
+    assert found.stdout.split() == ["org/tiny", commit, recorded["path"]], found.stderr
+    moved = cache.rename(tmp_path / "moved")  # the folder is not where it was; id and commit still say which it is
+    found = run(hub, moved, "-c", FIND_BASE, **OFFLINE)
+    assert found.stdout.split()[:2] == ["org/tiny", commit], found.stderr
+    assert Path(found.stdout.split()[2]).is_relative_to(moved)
+    again = run(hub, moved, *train, "--epochs", "1", **OFFLINE)
+    assert "is up to date" in again.stderr
+    assert hub.requests == []
