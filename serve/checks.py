@@ -4,7 +4,10 @@ Each check raises the error that says what is wrong; none changes anything.
 """
 
 import contextlib
+import ipaddress
 import json
+import os
+import shlex
 import socket
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from loraport.clients.errors import AdapterError, BaseModelError, ResourceError,
 from loraport.clients.home import Home
 from loraport.serve import versions
 from loraport.train.adapters import CONFIG, Adapter, find_adapter, open_adapter
-from loraport.train.base_model import Base, identify, resolve
+from loraport.train.base_model import Base, identify, read_json, resolve
 from loraport.train.config import VLLM_RANKS
 from loraport.train.manifest import BaseIdentity
 
@@ -44,6 +47,41 @@ REFUSED_FEATURES = {
     "trainable_token_indices": "trained token embeddings (trainable_token_indices)",
     "target_parameters": "LoRA on bare parameters (target_parameters)",
 }
+
+
+def split_command(text: str | None) -> tuple[str, ...] | None:
+    """The words of --engine-command; None where it is not given; UsageError where a shell could not read it."""
+    if text is None:
+        return None
+    example = "for example --engine-command '/opt/vllm/bin/python -m vllm.entrypoints.openai.api_server'"
+    try:
+        words = tuple(shlex.split(text))
+    except ValueError as error:
+        raise UsageError(f"--engine-command {text} cannot be read: {str(error).lower()}.", example) from error
+    if not words:
+        raise UsageError("--engine-command is blank.", example)
+    return words
+
+
+def open_to_others(host: str) -> tuple[str, ...]:
+    """Warnings about who can use the endpoint. UsageError where an API key is set and would protect nothing."""
+    has_key = bool(os.environ.get("VLLM_API_KEY"))
+    if is_loopback(host):
+        return ("warning: VLLM_API_KEY is ignored: on this machine the endpoint asks for no key.",) if has_key else ()
+    if has_key:
+        raise UsageError(
+            f"VLLM_API_KEY is set, but `loraport serve` asks for no key, so --host {host} would be open to anybody.",
+            "serve on 127.0.0.1 behind a proxy that asks for the key, or unset VLLM_API_KEY to serve without one",
+        )
+    return (f"warning: --host {host}: there is no key, so anybody who reaches the port can use the models.",)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address; a name that cannot be resolved could be anything."""
+    with contextlib.suppress(OSError, ValueError):
+        found = {entry[4][0] for entry in socket.getaddrinfo(host, None)} if host else set()
+        return bool(found) and all(ipaddress.ip_address(address).is_loopback for address in found)
+    return False
 
 
 def check_port(host: str, port: int, home: Home) -> None:
@@ -208,13 +246,23 @@ def stop_token_config(base: Base, adapters: list[Adapter]) -> dict[str, Any] | N
     lacks the end of turn there, and its adapter would never stop.
     """
     path = base.folder / "generation_config.json"
-    config: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path) if path.is_file() else {}
     known = config.get("eos_token_id")
     ends = {known} if isinstance(known, int) else set(known or ())
     wanted = {token for adapter in adapters for token in adapter.manifest.stop_tokens}
     return None if wanted <= ends else config | {"eos_token_id": sorted(ends | wanted)}
+
+
+def check_template_kwargs(adapters: list[Adapter]) -> None:
+    """UsageError unless training told the chat template the same for all: the engine has one default for everybody."""
+    for adapter in adapters[1:]:
+        first, other = adapters[0].manifest, adapter.manifest
+        if other.chat_template_kwargs != first.chat_template_kwargs:
+            raise UsageError(
+                f"{first.name} and {other.name} were trained with different settings of the chat template: "
+                f"{json.dumps(first.chat_template_kwargs)} and {json.dumps(other.chat_template_kwargs)}.",
+                "serve them in two processes on two ports, or train one of them again",
+            )
 
 
 def check_golden_fit(adapters: list[Adapter], context: int) -> None:

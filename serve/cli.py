@@ -27,6 +27,35 @@ def check_flags(port: int, share: float | None) -> None:
         raise UsageError(f"--gpu-memory-utilization {share} is not a share.", "use more than 0, at most 1: 0.9")
 
 
+# Flags of vLLM that would move the engine away from where we look for it, or undo what was planned and checked.
+OURS = {
+    "port": "use `loraport serve --port`",
+    "host": "use `loraport serve --host`",
+    "model": "use `loraport serve --model`",
+    "max-model-len": "use `loraport serve --context`",
+    "dtype": "use `loraport serve --dtype`",
+    "served-model-name": "the base answers to `base` and its own name, an adapter to the name it was trained under",
+    "enable-lora": "name the adapters before `--`",
+    "no-enable-lora": "name no adapter: then LoRA is off",
+    "lora-modules": "name the adapters before `--`",
+    "api-key": "serve on 127.0.0.1 behind a proxy that asks for a key",
+    "root-path": "let the proxy in front strip the path",
+    "uds": "serve on 127.0.0.1; a proxy can offer a socket",
+    "headless": "start `vllm serve --headless` yourself on further machines",
+}
+OURS_BY_PREFIX = {"ssl-": "serve on 127.0.0.1 behind a proxy that speaks TLS"}
+
+
+def check_engine_flags(flags: list[str]) -> None:
+    """UsageError for flags after `--` that are ours to set, in any spelling that vLLM takes: cut off, _ for -, =."""
+    for word in flags:
+        name = word.removeprefix("--").partition("=")[0].replace("_", "-")
+        prefixed = (hint for prefix, hint in OURS_BY_PREFIX.items() if name.startswith(prefix))
+        hint = next((OURS[ours] for ours in OURS if name and ours.startswith(name)), next(prefixed, None))
+        if word.startswith("--") and hint:
+            raise UsageError(f"--{name} cannot be given to the engine after `--`: `loraport serve` sets it.", hint)
+
+
 def serve(
     arguments: Annotated[
         list[str] | None,
@@ -65,6 +94,7 @@ def serve(
     from loraport.serve.serve import serve as run
 
     adapters, more = split_arguments(arguments or [])
+    check_engine_flags(more)
     check_flags(port, gpu_memory_utilization)
     if dtype is not None and dtype not in BYTES:
         raise UsageError(f"--dtype {dtype} is not known.", f"use one of {', '.join(BYTES)}")

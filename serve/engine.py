@@ -71,7 +71,10 @@ def arguments(launch: Launch) -> list[str]:
 
 
 def lora_arguments(launch: Launch) -> list[str]:
-    """Slots and adapters; each adapter under its name, from the immutable folder of its version."""
+    """Slots and adapters; each adapter under its name, from the immutable folder of its version.
+
+    And what training told the chat template (thinking off, say), so that the prompts served are those trained on.
+    """
     if not launch.adapters:
         return []
     modules = [
@@ -83,7 +86,9 @@ def lora_arguments(launch: Launch) -> list[str]:
     slots = ["--max-loras", str(launch.plan.slots), "--max-lora-rank", str(launch.plan.rank)]
     if len(launch.adapters) > launch.plan.slots:
         slots += ["--max-cpu-loras", str(len(launch.adapters))]
-    return ["--enable-lora", *slots, "--lora-modules", *modules]
+    kwargs = launch.adapters[0].manifest.chat_template_kwargs  # the same for all: checks.check_template_kwargs
+    template = ["--default-chat-template-kwargs", json.dumps(kwargs)] if kwargs else []
+    return ["--enable-lora", *slots, *template, "--lora-modules", *modules]
 
 
 def device_arguments(launch: Launch) -> tuple[list[str], dict[str, str]]:
@@ -111,7 +116,8 @@ def environment(launch: Launch, home: Home, owner: tuple[int, float]) -> dict[st
         "PYTHONUNBUFFERED": "1",
         MARKER: marker(home, owner),
     }
-    # An API key in the environment would lock our own clients out, and 0.25 writes it into its cache folder.
+    # An API key in the environment would lock our own clients out, and 0.25 writes it into its cache folder;
+    # checks.open_to_others says so.
     kept = {key: value for key, value in os.environ.items() if key != "VLLM_API_KEY"}
     return device_arguments(launch)[1] | kept | ours
 

@@ -28,7 +28,9 @@ CPU_FULL_REQUESTS = 4
 MOST_SLOTS = 8
 GPU_SHARE, CPU_SHARE = 0.92, 0.6
 # Beside weights, KV cache and LoRA slots. GPU: activations of a profiling run and CUDA graphs; an 8B model on one H200
-# took 0.9 GiB (140 GiB x 0.92 - 15.3 weights - 0.7 slots - 111.75 cache). CPU: both engine processes, 0.55 + 0.7 GiB.
+# took 0.9 GiB (140 GiB x 0.92 - 15.3 weights - 0.7 slots - 111.75 cache). So the estimate is low by a little: 124.3 GiB
+# of cache where vLLM 0.25.1 then had 125.0 (1.5B model on an H200), 127.2 where it had 128.24 (9M).
+# CPU: both engine processes, 0.55 + 0.7 GiB.
 GPU_WORKSPACE, CPU_WORKSPACE = 2 * GIB, 1_300 * MIB
 # Where memory bounds the context: our estimate may be wrong by this much before vLLM refuses to start.
 SAFETY = 0.9
@@ -138,10 +140,13 @@ def find(config: dict[str, Any], *names: str) -> int | None:
     return next((config[name] for name in names if isinstance(config.get(name), int) and config[name] > 0), None)
 
 
-def plan(wanted: Wanted, shape: Shape, adapters: list[Manifest], device: Device) -> Plan:
-    """All settings for `shape` and `adapters` on `device`, or a refusal: UsageError, ResourceError."""
+def plan(wanted: Wanted, shape: Shape, adapters: list[Manifest], device: Device, spare_slots: int = 0) -> Plan:
+    """All settings for `shape` and `adapters` on `device`, or a refusal: UsageError, ResourceError.
+
+    `spare_slots`: LoRA slots that must stay empty (versions.spare_slots).
+    """
     dtype = choose_dtype(wanted, shape, adapters, device)
-    rank, slots = choose_slots(adapters)
+    rank, slots = choose_slots(adapters, spare_slots)
     each = BYTES[dtype.value]
     slot_bytes = slots_value(rank, slots, shape, each)
     budget, share = memory_budget(wanted, shape, device, slot_bytes, each)
@@ -158,7 +163,7 @@ def plan(wanted: Wanted, shape: Shape, adapters: list[Manifest], device: Device)
         dtype=dtype.value,
         kv_bytes=kv_bytes,
         share=share if device.kind == "cuda" else None,
-        choices=(context, memory, requests, dtype, describe_slots(rank, slots, slot_bytes, adapters)),
+        choices=(context, memory, requests, dtype, *describe_adapters(rank, slots, slot_bytes, adapters, spare_slots)),
         warnings=context_warnings(tokens, shape),
     )
 
@@ -188,10 +193,15 @@ def choose_dtype(wanted: Wanted, shape: Shape, adapters: list[Manifest], device:
     return Choice("dtype", own, "the model's own")
 
 
-def choose_slots(adapters: list[Manifest]) -> tuple[int, int]:
-    """(rank, slots) as small as the adapters need: vLLM allocates and computes every slot in full."""
+def choose_slots(adapters: list[Manifest], spare: int) -> tuple[int, int]:
+    """(rank, slots) as small as the adapters need: vLLM allocates and computes every slot in full.
+
+    With spare slots there is one for each adapter, however many: adapters that take turns would fill the spare ones.
+    """
     rank = max((manifest.max_lora_rank for manifest in adapters), default=0)
-    return rank, min(len(adapters), MOST_SLOTS)
+    if not adapters or not spare:
+        return rank, min(len(adapters), MOST_SLOTS)
+    return rank, len(adapters) + spare
 
 
 def slots_value(rank: int, slots: int, shape: Shape, each: int) -> int:
@@ -297,13 +307,22 @@ def describe_memory(
     return Choice("KV cache", gib(kv_bytes), reason)
 
 
-def describe_slots(rank: int, slots: int, slot_bytes: int, adapters: list[Manifest]) -> Choice:
-    """The LoRA choice in words."""
+def describe_adapters(rank: int, slots: int, slot_bytes: int, adapters: list[Manifest], spare: int) -> list[Choice]:
+    """The LoRA choice in words, and what the adapters' chat template is told, if anything."""
     if not adapters:
-        return Choice("LoRA", "off", "no adapter was named")
+        return [Choice("LoRA", "off", "no adapter was named")]
     ranks = ", ".join(f"{manifest.name} rank {manifest.rank}" for manifest in adapters)
+    empty = "; the last stays empty, because vLLM on a CPU mixes it into the base's requests" if spare else ""
     plural = "s" if slots > 1 else ""
-    return Choice("LoRA", f"{slots} slot{plural} of rank {rank}", f"{ranks}; {gib(slot_bytes)}")
+    lora = Choice("LoRA", f"{slots} slot{plural} of rank {rank}", f"{ranks}; {gib(slot_bytes)}{empty}")
+    told = describe_template(adapters[0].chat_template_kwargs)
+    return [lora, Choice("chat template", told, "as in training")] if told else [lora]
+
+
+def describe_template(kwargs: dict[str, bool]) -> str:
+    """`thinking off` of {"enable_thinking": False}; other switches by their own names."""
+    words = {"enable_thinking": "thinking"}
+    return ", ".join(f"{words.get(name, name)} {'on' if value else 'off'}" for name, value in kwargs.items())
 
 
 def context_warnings(context: int, shape: Shape) -> tuple[str, ...]:

@@ -3,13 +3,13 @@
 check    port, adapters, base, names, disk                       1-2 s, nothing started     checks.py
 plan     context, memory, requests, slots; each with its reason                             plan.py
 start    the engine under its guard; phases shown                20-60 s on two cores       engine.py, startup.py
-verify   golden replies replayed through the endpoint            a second or two            verify.py
+verify   golden replies replayed through the endpoint, prompts   a second or two            verify.py, prompts.py,
+         compared, base and adapters asked at the same moment                               together.py
 tell     base URL, models, lines to copy; the record for the other commands                 report.py
 watch    until Ctrl-C, SIGTERM, or the engine's death; then everything is ended
 """
 
 import os
-import shlex
 import signal
 import time
 from collections.abc import Iterator
@@ -22,15 +22,16 @@ from loraport.clients.endpoint import EndpointRecord, process_identity
 from loraport.clients.errors import BaseModelError
 from loraport.clients.home import Home, require_disk, write_json
 from loraport.clients.terminal import console, print_json, say
-from loraport.serve import checks, report, versions
+from loraport.serve import checks, prompts, report, versions
 from loraport.serve.engine import DEFAULT_COMMAND, Engine, Launch
 from loraport.serve.hardware import Device, read_device
 from loraport.serve.leftovers import end_leftovers
 from loraport.serve.plan import Plan, Wanted, plan, read_shape
 from loraport.serve.startup import explain_death, wait_ready
+from loraport.serve.together import check_together
 from loraport.serve.verify import Verified, verify
 from loraport.train.adapters import Adapter
-from loraport.train.base_model import Base
+from loraport.train.base_model import Base, chat_template
 
 WATCH_S = 1.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -71,21 +72,24 @@ def prepare(request: Request, home: Home) -> Launch:
     ended = end_leftovers(home)
     if ended:
         say(f"ended {ended} process{'es' if ended > 1 else ''} that an earlier `loraport serve` left behind.", "yellow")
+    command = checks.split_command(request.engine_command) or DEFAULT_COMMAND
+    warnings = checks.open_to_others(request.host)
     checks.check_port(request.host, request.port, home)
-    command = tuple(shlex.split(request.engine_command)) if request.engine_command else DEFAULT_COMMAND
     version = versions.engine_version(list(command), is_ours=request.engine_command is None)
     adapters = checks.open_adapters(home, request.adapters, version)
+    checks.check_template_kwargs(adapters)
     base = checks.find_base(request.model, adapters)
     device = read_device()
     require_disk(home.cache, checks.GPU_CACHE_BYTES if device.kind == "cuda" else checks.CACHE_BYTES, "the engine")
-    chosen = make_plan(request.wanted, base, adapters, device)
+    chosen = make_plan(request.wanted, base, adapters, device, versions.spare_slots(version, device.kind))
+    chosen = replace(chosen, warnings=(*chosen.warnings, *warnings))
     checks.check_golden_fit(adapters, chosen.context)
     names = checks.name_base(base, adapters)
     launch = Launch(command, version, base, names, tuple(adapters), chosen, device, request.host, request.port)
     return replace(launch, generation_config=write_generation_config(launch, home), more=tuple(request.more))
 
 
-def make_plan(wanted: Wanted, base: Base, adapters: list[Adapter], device: Device) -> Plan:
+def make_plan(wanted: Wanted, base: Base, adapters: list[Adapter], device: Device, spare_slots: int) -> Plan:
     """The plan; BaseModelError where config.json does not say what one needs."""
     shape = read_shape(base.config, base.weight_bytes)
     if shape is None:
@@ -93,7 +97,7 @@ def make_plan(wanted: Wanted, base: Base, adapters: list[Adapter], device: Devic
             f"{base.folder / 'config.json'} does not say how many layers and heads the model has.",
             "serve a decoder model; is this a model's folder?",
         )
-    return plan(wanted, shape, [adapter.manifest for adapter in adapters], device)
+    return plan(wanted, shape, [adapter.manifest for adapter in adapters], device, spare_slots)
 
 
 def write_generation_config(launch: Launch, home: Home) -> Path | None:
@@ -152,9 +156,16 @@ def run(launch: Launch, request: Request, home: Home, began: float) -> None:
 
 
 def verify_all(launch: Launch, url: str) -> list[Verified]:
-    """Replay every adapter's golden replies; the first that fails ends the start."""
+    """Prompts, replies one by one, replies all at once: the first adapter that fails ends the start."""
+    manifests = [adapter.manifest for adapter in launch.adapters]
+    is_dated = prompts.is_dated(chat_template(launch.base))
     with console.status("replaying recorded replies"):
-        return [verify(url, adapter.manifest, launch.plan.dtype) for adapter in launch.adapters]
+        for warning in [prompts.check(url, manifest, is_dated) for manifest in manifests]:
+            if warning:
+                say(warning, "yellow")
+        verified = [verify(url, manifest, launch.plan.dtype) for manifest in manifests]
+        check_together(url, launch.base_names[0], manifests, launch.plan.dtype)
+    return verified
 
 
 def watch(engine: Engine) -> None:

@@ -1,7 +1,9 @@
 """From spawn to ready: which phase the engine is in, for how long, and what it died of.
 
-Ready means that /health answers 200 and that every model is listed. The engine's own lines say which phase it is in
-(versions.py); a terminal shows one live line, anything else gets a line for each phase that took a second.
+Ready means that /health answers 200 and that every model is listed. vLLM lists all of them from its first answer on:
+an engine that is healthy and does not is the wrong one, and waiting would not end. The engine's own lines say which
+phase it is in (versions.py); a terminal shows one live line, anything else gets a line for each phase that took a
+second.
 """
 
 import queue
@@ -20,6 +22,7 @@ from loraport.serve import versions
 from loraport.serve.engine import Engine
 
 POLL_S = 0.2
+LISTING_S = 8.0  # for a healthy engine to list its models
 # A line is worth a line of its own in a log file when it took this long.
 WORTH_A_LINE_S = 1.0
 SHOWN_LINES = 12
@@ -67,8 +70,9 @@ class Timeline:
 
 
 def wait_ready(engine: Engine, base_url: str, models: list[str]) -> Timeline:
-    """Wait until the engine answers with all `models`; EngineError with its last words when it dies."""
+    """Wait until the engine answers with all `models`; EngineError when it dies (with its last words) or never will."""
     timeline = Timeline()
+    healthy_since: float | None = None
     with live_line() as status, httpx.Client(timeout=2, trust_env=False) as client:
         while True:
             read_lines(engine, timeline, lambda name, spent: report_phase(status, name, spent))
@@ -77,8 +81,13 @@ def wait_ready(engine: Engine, base_url: str, models: list[str]) -> Timeline:
             if engine.status is not None:
                 engine.drain.join(2)
                 raise explain_death(engine, f"during start-up ({timeline.phase})")
-            if is_ready(client, base_url, models):
-                break
+            if is_healthy(client, base_url):
+                listed, answer = list_models(client, base_url)
+                if set(models) <= listed:
+                    break
+                healthy_since = healthy_since or time.monotonic()
+                if time.monotonic() - healthy_since > LISTING_S:
+                    raise never_ready(engine, base_url, models, answer)
     read_lines(engine, timeline, lambda name, spent: report_phase(None, name, spent) if status is None else None)
     timeline.finish(time.monotonic() - engine.started)
     return timeline
@@ -112,15 +121,33 @@ def read_lines(engine: Engine, timeline: Timeline, report: Callable[[str, float]
         wait = 0.0001
 
 
-def is_ready(client: httpx.Client, base_url: str, models: list[str]) -> bool:
-    """Whether the engine is healthy and lists every model."""
+def is_healthy(client: httpx.Client, base_url: str) -> bool:
+    """Whether /health answers 200."""
     try:
-        if client.get(base_url.removesuffix("/v1") + "/health").status_code != 200:
-            return False
-        listed = {entry["id"] for entry in client.get(f"{base_url}/models").json()["data"]}
-    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return client.get(base_url.removesuffix("/v1") + "/health").status_code == 200
+    except httpx.HTTPError:
         return False
-    return set(models) <= listed
+
+
+def list_models(client: httpx.Client, base_url: str) -> tuple[set[str], str]:
+    """(names of the models, the answer in words)."""
+    answer = "nothing"
+    try:
+        response = client.get(f"{base_url}/models")
+        answer = f"status {response.status_code}"
+        listed = {str(entry["id"]) for entry in response.json()["data"]}
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return set(), answer
+    return listed, ", ".join(sorted(listed)) or "no model"
+
+
+def never_ready(engine: Engine, base_url: str, models: list[str], answer: str) -> EngineError:
+    """The error for an engine that is healthy and does not list what it was started with."""
+    return EngineError(
+        f"the engine is up, but {base_url}/models answers {answer} instead of {', '.join(models)}.",
+        f"check the flags after `--`; all it said is in {engine.log_path}",
+        tuple(last_words(list(engine.last))),
+    )
 
 
 def explain_death(engine: Engine, when: str) -> EngineError:

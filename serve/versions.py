@@ -48,6 +48,20 @@ def honours_patterns(version: Version) -> bool:
     return version >= (0, 32)
 
 
+def spare_slots(version: Version, device_kind: str) -> int:
+    """LoRA slots beyond one for each adapter: one on a CPU, which stays empty, so that the base keeps its own weights.
+
+    vLLM gives tokens without an adapter the slot -1. Its GPU kernels skip these; its CPU kernels index the stacked
+    weights with it, from the end, and so apply the last slot to base requests that are batched with an adapter's
+    (vllm/lora/ops/torch_ops/lora_ops.py, 0.25 to 0.32; a batch of base requests alone skips LoRA). Slots start as
+    zeros, warm-up fills them with zeros (`create_dummy_lora_weights`) and adapters take the first free one
+    (`LoRAModelManager.activate_adapter`): a last one more than there are adapters holds zeros for good.
+
+    No release has the fix yet (vLLM's pull requests 48421 and 49656); `version` will decide once one has.
+    """
+    return 1 if device_kind == "cpu" else 0
+
+
 def cpu_memory_arguments(version: Version, kv_bytes: int) -> tuple[list[str], dict[str, str]]:
     """(flags, environment) that give a CPU engine its KV cache.
 

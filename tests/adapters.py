@@ -1,7 +1,6 @@
 """A small real adapter for the tests: random A and B on a tiny base, with the replies that PEFT gives to it."""
 
 from pathlib import Path
-from typing import Any
 
 from loraport.clients.home import Home
 from loraport.train.base_model import Base, identify
@@ -20,6 +19,9 @@ def make_tiny_adapter(home: Path, base_folder: Path, name: str, seed: int = 1, r
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from loraport.train.golden import golden_replies
+    from loraport.train.tokens import Encoder
+
     folder = Home(home).adapters / name / "v1"
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     torch.manual_seed(seed)
@@ -29,19 +31,15 @@ def make_tiny_adapter(home: Path, base_folder: Path, name: str, seed: int = 1, r
             torch.nn.init.normal_(parameter, std=0.2)
     model.eval()
     model.save_pretrained(folder)
-    write_manifest(folder, base_folder, name, rank, golden_replies(model, base_folder))
+    encoder = Encoder.load(base_folder)
+    golden = golden_replies(model, encoder, [[{"role": "user", "content": text}] for text in PROMPTS])
+    write_manifest(folder, base_folder, name, rank, golden, encoder.template_kwargs)
     return folder
 
 
-def golden_replies(model: Any, base_folder: Path) -> list[Golden]:
-    """What PEFT answers to PROMPTS, as training records it."""
-    from loraport.train.golden import golden_replies as record
-    from loraport.train.tokens import Encoder
-
-    return record(model, Encoder.load(base_folder), [[{"role": "user", "content": text}] for text in PROMPTS])
-
-
-def write_manifest(folder: Path, base_folder: Path, name: str, rank: int, golden: list[Golden]) -> None:
+def write_manifest(
+    folder: Path, base_folder: Path, name: str, rank: int, golden: list[Golden], template_kwargs: dict[str, bool]
+) -> None:
     """A manifest like that of a training."""
     from loraport.clients.errors import AdapterError
     from loraport.train.adapters import WEIGHTS
@@ -63,7 +61,7 @@ def write_manifest(folder: Path, base_folder: Path, name: str, rank: int, golden
         adapter_bytes=weights.stat().st_size,
         max_lora_rank=max(8, rank),
         stop_tokens=[0, 2],
-        chat_template_kwargs={},
+        chat_template_kwargs=template_kwargs,
         data=DataCounts(files=[], sha256="", rows=0, tokens=0, trained_tokens=0, eval_rows=0),
         run={},
         metrics={},

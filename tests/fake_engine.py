@@ -5,8 +5,12 @@ It answers golden prompts from the manifests of the adapters it is given. What i
     FAKE_WORDING=0.25        log lines of that version (default 0.32)
     FAKE_START_S=2           seconds from spawn to ready
     FAKE_CRASH=weights       die at that phase, with FAKE_LAST_WORDS as its last lines and status FAKE_STATUS
-    FAKE_REPLIES=base        answer for adapters as the base does; `garbage`: as nobody does; default `golden`
+    FAKE_REPLIES=base        answer for adapters as the base does; `garbage`: as nobody does; default `golden`;
+                             `mixed`: for the base as an adapter does, while one is asked too, as vLLM's CPU kernels do;
+                             `other base`: for the base as nobody does, as after a training on its 4-bit weights
+    FAKE_HIDE=demo           do not list that model
     FAKE_TOKEN_S=0.05        seconds for each token
+    FAKE_CROWD_S=60          seconds that a request takes while another one is asked
     FAKE_IGNORE_SIGTERM=1    survive SIGTERM
     FAKE_GRANDCHILD=1        start a process of its own that outlives it, as a crashed vLLM does
 """
@@ -17,6 +21,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -78,6 +83,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--max-model-len", type=int, required=True)
     parser.add_argument("--lora-modules", nargs="*", type=json.loads, default=[])
+    parser.add_argument("--default-chat-template-kwargs", type=json.loads, default={})
     return parser.parse_known_args(arguments)[0]
 
 
@@ -98,18 +104,51 @@ class Models:
     def __init__(self, options: argparse.Namespace) -> None:
         self.names = [*options.served_model_name, *(module["name"] for module in options.lora_modules)]
         self.bases = options.served_model_name
-        self.golden: dict[str, list[dict[str, Any]]] = {}
+        self.template_kwargs = options.default_chat_template_kwargs
+        self.manifests: dict[str, dict[str, Any]] = {}
         for module in options.lora_modules:
-            self.golden[module["name"]] = json.loads((Path(module["path"]) / "loraport.json").read_text())["golden"]
+            self.manifests[module["name"]] = json.loads((Path(module["path"]) / "loraport.json").read_text())
+        self.golden = {name: manifest["golden"] for name, manifest in self.manifests.items()}
+        self.lock = threading.Lock()
+        self.asked: list[str] = []  # models of the requests that are being answered
 
     def reply(self, model: str, prompt: list[int], most: int) -> dict[str, Any]:
+        """A completion choice for a golden prompt, beside whatever else is asked at this moment."""
+        with self.lock:
+            self.asked.append(model)
+        try:
+            time.sleep(0.2 if knob("REPLIES") == "mixed" else 0)
+            time.sleep(float(knob("CROWD_S", "0")) if len(self.asked) > 1 else 0)
+            return self.choose(model, prompt, most)
+        finally:
+            with self.lock:
+                self.asked.remove(model)
+
+    def who_answers(self, model: str) -> str:
+        """`base`, `adapter`, or `nobody`."""
+        replies, is_base = knob("REPLIES"), model in self.bases
+        if replies == "garbage" or (replies == "other base" and is_base):
+            return "nobody"
+        if replies == "mixed" and is_base and set(self.asked) - set(self.bases):
+            return "adapter"
+        return "base" if is_base or replies == "base" else "adapter"
+
+    def tokenize(self, model: str, messages: list[dict[str, str]]) -> list[int]:
+        """A golden prompt's tokens; others when the template is told something else than in training."""
+        manifest = self.manifests[model]
+        [tokens] = [golden["prompt_tokens"] for golden in manifest["golden"] if golden["messages"] == messages]
+        return [*tokens[:-1], GARBAGE] if self.template_kwargs != manifest["chat_template_kwargs"] else tokens
+
+    def choose(self, model: str, prompt: list[int], most: int) -> dict[str, Any]:
         """A completion choice for a golden prompt, or for one that part of its reply was added to."""
-        who = "base" if model in self.bases or knob("REPLIES") == "base" else "adapter"
+        who = self.who_answers(model)
         for golden in self.golden.get(model) or [entry for entries in self.golden.values() for entry in entries]:
+            if who == "nobody":
+                break
             known = golden[who]
             whole = golden["prompt_tokens"] + known["tokens"]
             start = len(prompt) - len(golden["prompt_tokens"])
-            if start >= 0 and whole[: len(prompt)] == prompt and knob("REPLIES") != "garbage":
+            if start >= 0 and whole[: len(prompt)] == prompt:
                 return self.choice(known["tokens"][start:], known["logprobs"][start:], known, most)
         return self.choice([GARBAGE] * most, [-1.0] * most, {"text": "?" * most, "stopped": False}, most)
 
@@ -141,20 +180,23 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/health":
             self.answer(200, {})
         elif self.path == "/v1/models":
-            self.answer(
-                200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.models.names]}
-            )
+            listed = [{"id": name, "object": "model"} for name in self.models.names if name != knob("HIDE")]
+            self.answer(200, {"object": "list", "data": listed})
         else:
             self.answer(404, {"error": {"message": "Not Found", "code": 404}})
 
     def do_POST(self) -> None:
-        """/v1/completions, and /die, which ends the engine as a crash does."""
+        """/v1/completions and /tokenize, and /die, which ends the engine as a crash does."""
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
         if self.path == "/die":
             log("(EngineCore pid=9) ERROR 11-21 23:30:00 [core.py:1] RuntimeError: the fake was told to die")
             os._exit(9)
         if body.get("model") not in self.models.names:
             self.answer(404, {"error": {"message": f"The model `{body.get('model')}` does not exist.", "code": 404}})
+        elif self.path == "/tokenize":
+            self.answer(200, {"tokens": self.models.tokenize(body["model"], body["messages"])})
+        elif self.path != "/v1/completions":
+            self.answer(404, {"error": {"message": "Not Found", "code": 404}})
         else:
             choice = self.models.reply(body["model"], body["prompt"], body["max_tokens"])
             self.answer(200, {"object": "text_completion", "model": body["model"], "choices": [choice]})

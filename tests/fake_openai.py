@@ -26,6 +26,7 @@ class Knobs:
     aliases: tuple[str, ...] = ()  # further names of the first model; all other models are its adapters
     statuses: tuple[int, ...] = ()  # of the coming replies; then 200
     die_after: int | None = None  # requests answered before the connection breaks for good
+    tokenizes: bool = False  # whether it has vLLM's /tokenize
     hang_on: str = ""  # a prompt that holds this is not answered until the endpoint closes
     break_stream_after: int | None = None  # tokens
 
@@ -97,7 +98,9 @@ class Handler(BaseHTTPRequestHandler):
         """A chat completion, or the trouble that the knobs order."""
         endpoint, knobs = self.endpoint, self.endpoint.knobs
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path != "/v1/chat/completions":
+        if self.path == "/tokenize" and knobs.tokenizes:
+            self.send_json(200, {"count": len(body["prompt"]), "max_model_len": knobs.context, "tokens": []})
+        elif self.path != "/v1/chat/completions":
             self.refuse(404, "Not Found")
         elif knobs.die_after is not None and len(endpoint.requests) >= knobs.die_after:
             self.close_connection = True

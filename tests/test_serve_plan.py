@@ -1,14 +1,16 @@
 """Choices of the plan, from the numbers of real models; no engine, no GPU."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from loraport.clients.errors import ResourceError, UsageError
-from loraport.serve import hardware
-from loraport.serve.cli import check_flags, parse_context, split_arguments
+from loraport.serve import hardware, versions
+from loraport.serve.cli import check_engine_flags, check_flags, parse_context, split_arguments
 from loraport.serve.hardware import Device
 from loraport.serve.plan import GIB, MIB, Plan, Wanted, find, plan, read_shape
 from loraport.train.manifest import BaseIdentity, DataCounts, Manifest
@@ -63,6 +65,7 @@ def manifest(rank: int, name: str = "demo", dtype: str = "float32") -> Manifest:
         adapter_bytes=1,
         max_lora_rank=max(8, rank),
         stop_tokens=[],
+        chat_template_kwargs={},
         data=DataCounts(files=[], sha256="", rows=0, tokens=0, trained_tokens=0, eval_rows=0),
         run={},
         metrics={},
@@ -148,6 +151,25 @@ def test_slots_are_as_small_as_the_adapters_need() -> None:
     assert planned(LLAMA_8B, 15, H100, (8,) * 20).slots == 8
 
 
+def test_a_cpu_gets_a_slot_that_stays_empty_and_says_why() -> None:
+    assert (versions.spare_slots((0, 32), "cpu"), versions.spare_slots((0, 32), "cuda")) == (1, 0)
+    shape = read_shape(TINY, 1000)
+    assert shape is not None
+    for count in (1, 12):
+        chosen = plan(Wanted(), shape, [manifest(8, f"a{number}") for number in range(count)], LAPTOP, 1)
+        assert chosen.slots == count + 1
+        assert "the last stays empty, because vLLM on a CPU mixes it into the base's" in chosen.choices[-1].reason
+    assert plan(Wanted(), shape, [], LAPTOP, 1).slots == 0
+
+
+def test_what_the_chat_template_is_told_is_said() -> None:
+    shape = read_shape(TINY, 1000)
+    assert shape is not None
+    told = manifest(8).model_copy(update={"chat_template_kwargs": {"enable_thinking": False}})
+    choice = plan(Wanted(), shape, [told], LAPTOP).choices[-1]
+    assert (choice.name, choice.value, choice.reason) == ("chat template", "thinking off", "as in training")
+
+
 @pytest.mark.parametrize(
     ("device", "base_dtypes", "chosen"),
     [
@@ -175,6 +197,99 @@ def test_flags() -> None:
         with pytest.raises(UsageError):
             check_flags(port, share)
     assert split_arguments(["a", "b", "--seed", "3"]) == (["a", "b"], ["--seed", "3"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        (["--port", "9000"], "--port"),
+        (["--por=9000"], "--port"),
+        (["--max_model_len", "100"], "--context"),
+        (["--seed", "3", "--served-model-name", "x"], "an adapter to the name it was trained under"),
+        (["--enable-lora"], "before `--`"),
+        (["--lora-modules", "{}"], "before `--`"),
+        (["--api-key", "k"], "a proxy that asks for a key"),
+        (["--ssl-keyfile", "k"], "TLS"),
+        *([[flag, "x"], ""] for flag in ("--host", "--model", "--dtype", "--root-path", "--uds")),
+    ],
+)
+def test_flags_that_are_ours_are_refused_after_the_dashes(flags: list[str], hint: str) -> None:
+    with pytest.raises(UsageError, match="cannot be given to the engine") as caught:
+        check_engine_flags(flags)
+    assert caught.value.hint and hint in caught.value.hint
+
+
+def test_other_flags_are_the_users() -> None:
+    check_engine_flags(["--max-loras", "1", "--seed=3", "--", "port", "--max-num-batched-tokens", "10", "-tp", "2"])
+
+
+class NVMLError(Exception):
+    """What NVML raises for everything."""
+
+
+def fake_nvml(monkeypatch: pytest.MonkeyPatch, name: str | bytes = "NVIDIA H200", capability: int = 9) -> list[object]:
+    """Stand in for pynvml with one GPU; returns the list of what GPUs were asked for."""
+    asked: list[object] = []
+
+    def handle(which: object) -> str:
+        asked.append(which)
+        if which in (7, "GPU-gone"):
+            raise NVMLError
+        return "handle"
+
+    module = SimpleNamespace(
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=handle,
+        nvmlDeviceGetHandleByUUID=handle,
+        nvmlDeviceGetMemoryInfo=lambda _: SimpleNamespace(total=140 * GIB, free=139 * GIB),
+        nvmlDeviceGetName=lambda _: name,
+        nvmlDeviceGetCudaComputeCapability=lambda _: (capability, 0),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    monkeypatch.setattr(hardware, "is_cpu_build", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return asked
+
+
+@pytest.mark.parametrize(("name", "capability"), [("NVIDIA H200", 9), (b"Tesla T4", 7)])
+def test_a_gpu_is_read(monkeypatch: pytest.MonkeyPatch, name: str | bytes, capability: int) -> None:
+    fake_nvml(monkeypatch, name, capability)
+    device = hardware.read_device()
+    text = name if isinstance(name, str) else name.decode()
+    assert (device.kind, device.name, device.total, device.free) == ("cuda", text, 140 * GIB, 139 * GIB)
+    assert device.has_bf16 == (capability >= 8) and device.cores >= 1
+
+
+@pytest.mark.parametrize(
+    ("visible", "asked", "kind"),
+    [
+        (None, [0], "cuda"),
+        ("3,1", [3], "cuda"),
+        ("GPU-ab12", ["GPU-ab12"], "cuda"),
+        ("MIG-ab12", ["MIG-ab12"], "cuda"),
+        ("", [], "cpu"),
+        ("-1", [], "cpu"),
+        ("7", [7], "cpu"),
+        ("GPU-gone", ["GPU-gone"], "cpu"),
+    ],
+)
+def test_the_first_visible_gpu_counts(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, asked: list[object], kind: str
+) -> None:
+    found = fake_nvml(monkeypatch)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert hardware.read_device().kind == kind and found == asked
+
+
+def test_no_driver_and_a_cpu_build_mean_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = fake_nvml(monkeypatch)
+    monkeypatch.setattr(hardware, "is_cpu_build", lambda: True)
+    assert hardware.read_device().kind == "cpu" and asked == []
+    fake_nvml(monkeypatch)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert hardware.read_gpu() is None
 
 
 def test_cgroup_limits_are_respected(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """`loraport serve` with the fake engine: ready, stopping in every way, dying in every way, and nothing left behind."""
 
+import errno
 import json
+import os
 import shutil
 import signal
 import socket
 import stat
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +17,14 @@ import psutil
 import pytest
 
 from loraport.clients.endpoint import find_base_url, read_records
-from loraport.clients.errors import AdapterError, BaseModelError, UsageError
+from loraport.clients.errors import AdapterError, BaseModelError, ResourceError, UsageError
 from loraport.clients.home import Home
 from loraport.serve import checks
+from loraport.serve.plan import Wanted
+from loraport.serve.serve import Request, serve
 from loraport.train.adapters import Adapter
 from tests.adapters import make_tiny_adapter
+from tests.conftest import free_port
 from tests.serving import FAKE, Serving, all_gone, serving, wait_until
 
 ENGINE = ("--engine-command", FAKE)
@@ -197,6 +203,132 @@ def test_replies_unlike_training(stocked: Home) -> None:
     assert "expected: " in running.text and "got:      '????" in running.text
 
 
+def test_models_that_get_each_others_weights_in_a_batch(stocked: Home) -> None:
+    """Alone base and adapter answer as recorded: only asking both at once can tell."""
+    running = Serving(stocked, "demo", *ENGINE, replies="mixed")
+    assert running.end() == 3
+    assert "error: requests for base get the weights of another model when they are computed" in running.text
+    assert "alone:    " in running.text and "together: " in running.text and not list(stocked.run.iterdir())
+
+
+def test_ctrl_c_while_everything_is_asked_at_once(stocked: Home) -> None:
+    running = Serving(stocked, "demo", *ENGINE, crowd_s="100")
+    wait_until(lambda: len(running.processes()) == 2, "guard and engine")
+    engine = running.processes()[1]
+    wait_until(lambda: engine.num_threads() > 4, "the engine is asked several things")
+    began = time.monotonic()
+    running.process.send_signal(signal.SIGINT)
+    assert running.end() == 0 and time.monotonic() - began < 30
+    assert all_gone([engine]) and not list(stocked.run.iterdir())
+
+
+def test_a_base_that_was_trained_on_in_4_bits_is_no_mix_up(stocked: Home) -> None:
+    with serving(stocked, "demo", *ENGINE, replies="other base") as running:
+        assert running.ready()["adapters"][0]["state"] == "verified"
+
+
+def test_the_template_is_told_what_training_told_it(stocked: Home) -> None:
+    manifest = stocked.adapters / "demo" / "v1" / "loraport.json"
+    change(manifest, chat_template_kwargs={"enable_thinking": False})
+    with serving(stocked, "demo", *ENGINE) as running:
+        plan = running.ready()["plan"]
+        assert plan["chat template"] == {"value": "thinking off", "reason": "as in training"}
+        assert "chat template" in running.text
+    running = Serving(stocked, "demo", *ENGINE, "--", "--default-chat-template-kwargs", '{"enable_thinking": true}')
+    assert running.end() == 3
+    assert "error: the engine renders messages for demo differently than training did (prompt 1, tok" in running.text
+    assert "trained: " in running.text and ", 7]" in running.text
+
+
+def test_adapters_with_different_templates_are_not_served_together(stocked: Home) -> None:
+    [adapter] = checks.open_adapters(stocked, ["demo"], (0, 32))
+    kwargs = {"chat_template_kwargs": {"enable_thinking": False}, "name": "other"}
+    other = Adapter(adapter.folder, adapter.manifest.model_copy(update=kwargs))
+    checks.check_template_kwargs([adapter, adapter])
+    with pytest.raises(UsageError, match="demo and other were trained with different settings of the chat") as caught:
+        checks.check_template_kwargs([adapter, other])
+    assert "two ports" in caught.value.hint
+
+
+def test_a_template_that_prints_dates_only_warns(stocked: Home, tiny_base: Path, tmp_path: Path) -> None:
+    dated = shutil.copytree(tiny_base, tmp_path / "dated")
+    template = dated / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# strftime_now #}")
+    [adapter] = checks.open_adapters(stocked, ["demo"], (0, 32))
+    manifest = json.loads((adapter.folder / "loraport.json").read_text())
+    manifest["base"] = checks.identify(replace(checks.find_base(None, [adapter]), folder=dated)).model_dump()
+    change(adapter.folder / "loraport.json", **manifest)
+    more = ("--", "--default-chat-template-kwargs", '{"x": true}')
+    with serving(stocked, "demo", "--model", str(dated), *ENGINE, *more) as running:
+        assert running.ready()["adapters"][0]["state"] == "verified"
+        assert "warning: prompts of demo differ from those in training: its template prints dates." in running.text
+
+
+def test_an_engine_that_lists_other_models(stocked: Home) -> None:
+    running = Serving(stocked, "demo", *ENGINE, hide="demo")
+    assert running.end() == 3
+    assert "error: the engine is up, but " in running.text
+    assert "/v1/models answers base, tiny-base instead of base, tiny-base, demo." in running.text
+
+
+def test_a_port_after_the_dashes_is_refused_at_once(stocked: Home) -> None:
+    running = Serving(stocked, "demo", *ENGINE, "--", "--port", "9000")
+    assert running.end() == 2
+    assert "error: --port cannot be given to the engine after `--`" in running.text
+
+
+def test_hosts_and_keys(stocked: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    for host in ("127.0.0.1", "localhost", "::1", "127.0.0.9"):
+        assert checks.open_to_others(host) == ()
+    for host in ("0.0.0.0", "::", "", "192.168.1.4", "no.such.host.invalid"):
+        [warning] = checks.open_to_others(host)
+        assert "anybody who reaches the port can use the models" in warning
+    with serving(stocked, "demo", "--host", "0.0.0.0", *ENGINE) as running:
+        assert any("anybody who reaches the port" in warning for warning in running.ready()["warnings"])
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    [warning] = checks.open_to_others("127.0.0.1")
+    assert "VLLM_API_KEY is ignored" in warning
+    refused = Serving(stocked, "demo", "--host", "0.0.0.0", *ENGINE)
+    assert refused.end() == 2
+    assert "error: VLLM_API_KEY is set, but `loraport serve` asks for no key" in refused.text
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"), [("'", "no closing quotation."), ("", "is blank."), ("  ", "is blank.")]
+)
+def test_an_engine_command_that_is_none(stocked: Home, command: str, reason: str) -> None:
+    running = Serving(stocked, "demo", "--engine-command", command)
+    assert running.end() == 2
+    assert "error: --engine-command" in running.text and reason in running.text and "Traceback" not in running.text
+
+
+def request_demo(port: int) -> Request:
+    """`loraport serve demo` with the fake engine."""
+    return Request(["demo"], None, "127.0.0.1", port, Wanted(), FAKE, [], False)
+
+
+def test_a_full_disk_is_refused_before_anything_starts(stocked: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = shutil.disk_usage(stocked.root)._replace(free=5 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    with pytest.raises(ResourceError, match=r"the engine needs 64 MiB on disk, .* has 5 MiB free"):
+        serve(request_demo(free_port()), stocked)
+    assert not stocked.logs.exists() and not stocked.run.exists()
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_home_that_cannot_be_written_is_refused(stocked: Home, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Root may write anywhere, so the refusal is the operating system's words, not its deed."""
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(ResourceError, match=r"no permission while making .*logs"):
+        serve(request_demo(free_port()), stocked)
+    assert not stocked.logs.exists() and not stocked.run.exists()
+
+
 def test_the_older_wording_is_timed_too(stocked: Home) -> None:
     with serving(stocked, "demo", *ENGINE, wording="0.25", start_s="1") as running:
         phases = running.ready()["phases"]
@@ -269,6 +401,17 @@ def test_names_and_stop_tokens(stocked: Home, tiny_base: Path) -> None:
         checks.open_adapters(stocked, ["demo", "demo@v1"], (0, 32))
     with pytest.raises(UsageError, match="too short to verify demo"):
         checks.check_golden_fit([adapter], 16)
+
+
+def test_damaged_stop_tokens_of_a_base_are_not_ignored(stocked: Home, tiny_base: Path, tmp_path: Path) -> None:
+    [adapter] = checks.open_adapters(stocked, ["demo"], (0, 32))
+    damaged = shutil.copytree(tiny_base, tmp_path / "damaged")
+    base = replace(checks.find_base(None, [adapter]), folder=damaged)
+    (damaged / "generation_config.json").write_text('{"eos_token_id": [0')
+    with pytest.raises(BaseModelError, match=r"generation_config\.json cannot be read"):
+        checks.stop_token_config(base, [adapter])
+    (damaged / "generation_config.json").unlink()
+    assert checks.stop_token_config(base, [adapter]) == {"eos_token_id": [0, 2]}
 
 
 def test_a_base_that_is_gone(stocked: Home) -> None:

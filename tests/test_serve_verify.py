@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from loraport.serve.together import Question, as_reply, ask_together, list_questions
 from loraport.serve.verify import TOLERANCES, Recorded, Served, read_reply, replay, tells_apart, tolerance_for
 from loraport.train.manifest import Golden, Reply
 from tests.test_serve_plan import manifest
@@ -55,7 +56,7 @@ def test_a_reply_must_stop_where_it_stopped() -> None:
 
 
 def test_replies_that_tell_apart() -> None:
-    golden = Golden(prompt_tokens=PROMPT, adapter=reply(5, 6), base=reply(5, 9))
+    golden = Golden(messages=[], prompt_tokens=PROMPT, adapter=reply(5, 6), base=reply(5, 9))
     assert tells_apart(golden, EXACT)
     assert not tells_apart(golden.model_copy(update={"base": reply(5, 6)}), EXACT)
     assert tells_apart(golden.model_copy(update={"base": reply(5, 6, logprob=-2.0)}), LOOSE)
@@ -87,3 +88,25 @@ def test_an_undecided_position_still_knows_the_recorded_token() -> None:
     undecided = reply(6, 7, margin=0.1, stopped=False)
     assert replay(Fixed(), "demo", PROMPT, undecided, LOOSE).at == 1
     assert replay(Fixed(), "demo", PROMPT, reply(8, 7, margin=0.1, stopped=False), LOOSE).at == 0
+
+
+def test_questions_are_asked_at_the_same_moment_of_every_model() -> None:
+    golden = [Golden(messages=[], prompt_tokens=[n], adapter=reply(5, n), base=reply(6, n)) for n in (1, 2)]
+    manifests = [
+        manifest(8, name).model_copy(update={"golden": golden[:count]}) for name, count in (("a", 2), ("b", 1))
+    ]
+    questions = list_questions("base", manifests, "float32")
+    asked = [(question.model, question.prompt, question.expected.tokens) for question in questions]
+    first = [("base", [1], [6, 1]), ("a", [1], [5, 1]), ("base", [1], [6, 1]), ("b", [1], [5, 1])]
+    assert asked == [*first, ("base", [2], [6, 2]), ("a", [2], [5, 2])]
+    assert ask_together(Recorded(reply(5), 1), []) == []
+    outcomes = ask_together(Recorded(reply(5, 1), 1), [Question("a", [1], reply(5, 1), EXACT), questions[0]])
+    assert [outcome.agrees for outcome in outcomes] == [True, False]
+
+
+def test_a_served_reply_can_stand_for_a_recorded_one() -> None:
+    served = Served((5, 2), ({5: -0.1, 6: -3.1}, {2: -0.2}), (-inf, -inf), "hi", True)
+    recorded = as_reply(served)
+    assert (recorded.tokens, recorded.logprobs, recorded.stopped) == ([5, 2], [-0.1, -0.2], True)
+    assert recorded.margins == [pytest.approx(3.0), inf]
+    assert outcome_of(recorded, recorded).agrees
