@@ -6,6 +6,8 @@
 import json
 import sys
 import traceback
+from pathlib import Path
+from shutil import which
 from typing import Any, NoReturn
 from unicodedata import category
 
@@ -20,6 +22,12 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 def say(message: str, style: str = "") -> None:
     """Print a line for people. No markup: file names and replies may hold brackets."""
     console.print(Text(message, style=style))
+
+
+def program() -> str:
+    """How to call this program in a line to copy: `loraport`, or the path it was called by where PATH lacks it."""
+    called = sys.argv[0]
+    return called if Path(called).name == "loraport" and not which("loraport") else "loraport"
 
 
 def printable(text: str) -> str:

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from loraport.clients.endpoint import PLACEHOLDER_KEY
-from loraport.clients.terminal import say
+from loraport.clients.terminal import program, say
 from loraport.serve.engine import Launch
 from loraport.serve.verify import Verified
 
@@ -97,6 +97,6 @@ def lines_to_copy(ready: Ready) -> list[str]:
         f'  reply = client.chat.completions.create(model="{model}", messages=[{message}])',
         "  print(reply.choices[0].message.content)",
         "Aider, with the right settings, or plainly:",
-        "  loraport aider",
+        f"  {program()} aider",
         f"  OPENAI_API_BASE={url} OPENAI_API_KEY={PLACEHOLDER_KEY} aider --model openai/{model}",
     ]

@@ -14,7 +14,7 @@ import pytest
 import typer
 
 import loraport_cli
-from loraport.clients import errors
+from loraport.clients import errors, terminal
 from loraport.clients.home import Home
 from tests.fake_openai import FakeOpenAI
 from tests.test_train_run import write_rows
@@ -204,3 +204,11 @@ def test_errors_of_the_operating_system_are_mapped(number: int) -> None:
     with pytest.raises(errors.ResourceError) as caught, errors.os_errors("writing", Path("/x")):
         raise OSError(number, "words of the system")
     assert "/x" in caught.value.message and caught.value.hint
+
+
+def test_lines_to_copy_name_the_program_as_it_can_be_called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", [".venv/bin/loraport", "train"])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert terminal.program() == ".venv/bin/loraport"
+    (tmp_path / "loraport").touch(mode=0o755)
+    assert terminal.program() == "loraport"

@@ -8,7 +8,7 @@ import typer
 
 from loraport.clients.errors import AdapterError
 from loraport.clients.home import Home
-from loraport.clients.terminal import console, print_json, say
+from loraport.clients.terminal import console, print_json, program, say
 from loraport.train.adapters import Adapter, adapter_names, open_adapter, versions
 from loraport.train.config import PRESETS, RunConfig, load_config
 from loraport.train.manifest import Manifest
@@ -36,7 +36,7 @@ def report(adapter: Adapter) -> None:
         "bold",
     )
     say(f"  {adapter.folder}")
-    say(f"next: loraport serve {manifest.name}")
+    say(f"next: {program()} serve {manifest.name}")
 
 
 def flag(name: str) -> inspect.Parameter:
