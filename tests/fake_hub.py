@@ -13,13 +13,13 @@ their files.
 import hashlib
 import json
 import re
-import threading
 from dataclasses import dataclass, field
 from functools import lru_cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Any, Self
+from http.server import BaseHTTPRequestHandler
+from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.loopback import Loopback
 
 LARGE = 100_000  # bytes; larger files are "LFS": elsewhere, by redirect
 
@@ -52,16 +52,14 @@ class Repository:
         return {"type": "file", "path": name, "oid": oid, "size": size} | ({"lfs": large} if size > LARGE else {})
 
 
-class FakeHub:
+class FakeHub(Loopback):
     """The server; `url` is what HF_ENDPOINT shall be. Use it as a context manager."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str, str]] = []  # method, path, range
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        super().__init__(Handler)
+        self.url = self.origin
 
     def add(self, name: str, files: dict[str, bytes], **knobs: Any) -> Repository:
         """Publish a model."""
@@ -72,25 +70,11 @@ class FakeHub:
         """Requests so far by `method` whose path begins with `start`."""
         return sum(1 for m, path, _ in self.requests if m == method and path.startswith(start))
 
-    def stop(self) -> None:
-        """Stop answering; the port refuses connections from now on."""
-        if self.thread.is_alive():
-            self.server.shutdown()
-            self.server.server_close()
-            self.thread.join()
-
-    def __enter__(self) -> Self:
-        self.thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.stop()
-
 
 class Handler(BaseHTTPRequestHandler):
     """One request. Routes are those of the real hub; /cdn/ stands for its file servers."""
 
-    hub: FakeHub
+    owner: FakeHub
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: object) -> None:
@@ -107,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
     def route(self) -> None:
         """Find the repository and revision that the path names, and answer."""
         path = unquote(urlsplit(self.path).path)
-        self.hub.requests.append((self.command, path, self.headers.get("Range", "")))
+        self.owner.requests.append((self.command, path, self.headers.get("Range", "")))
         for pattern, answer in (
             (r"/api/models/([^/]+/[^/]+|[^/]+)(?:/revision/(?P<revision>.+))?", self.send_info),
             (r"/api/models/([^/]+/[^/]+|[^/]+)/tree/(?P<revision>[^/]+)", self.send_tree),
@@ -121,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, answer: Any, found: re.Match[str]) -> None:
         """Answer for a repository, or refuse as the hub does where it or its revision is unknown."""
-        repository, named = self.hub.repositories.get(found[1]), found.groupdict()
+        repository, named = self.owner.repositories.get(found[1]), found.groupdict()
         if repository is None:
             known = self.headers.get("Authorization")
             self.refuse(*(404, "RepoNotFound", "Repository not found") if known else (401, "", "Invalid username."))
@@ -155,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_file(name, repository, file)
             return
         self.send_response(302)
-        self.send_header("Location", f"{self.hub.url}/cdn/{name}/{file}")
+        self.send_header("Location", f"{self.owner.url}/cdn/{name}/{file}")
         self.send_header("X-Linked-Size", str(entry["size"]))
         self.send_header("X-Linked-Etag", f'"{entry["lfs"]["oid"]}"')
         self.send_header("X-Repo-Commit", repository.commit)

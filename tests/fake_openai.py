@@ -9,9 +9,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Any, Self
+from http.server import BaseHTTPRequestHandler
+from typing import Any
+
+from tests.loopback import Loopback
 
 Replier = Callable[[list[dict[str, str]]], str]
 
@@ -31,7 +32,7 @@ class Knobs:
     break_stream_after: int | None = None  # tokens
 
 
-class FakeOpenAI:
+class FakeOpenAI(Loopback):
     """The server. `requests`: bodies of chat completions; `cut`: set when a client closed a stream before its end."""
 
     def __init__(self, models: dict[str, Replier], knobs: Knobs | None = None) -> None:
@@ -39,32 +40,19 @@ class FakeOpenAI:
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str] = []
         self.cut, self.closing = threading.Event(), threading.Event()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"endpoint": self}))
-        self.server.daemon_threads = True
-        self.server.block_on_close = False
-        self.base_url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        super().__init__(Handler)
+        self.base_url = f"{self.origin}/v1"
 
     def stop(self) -> None:
-        """Stop answering; the port refuses connections from now on."""
+        """Stop answering, streams that are under way too."""
         self.closing.set()
-        if self.thread.is_alive():
-            self.server.shutdown()
-            self.server.server_close()
-            self.thread.join()
-
-    def __enter__(self) -> Self:
-        self.thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.stop()
+        super().stop()
 
 
 class Handler(BaseHTTPRequestHandler):
     """One request."""
 
-    endpoint: FakeOpenAI
+    owner: FakeOpenAI
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: object) -> None:
@@ -75,8 +63,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/v1/models":
             self.refuse(404, "Not Found")
         elif self.is_allowed():
-            first, knobs = next(iter(self.endpoint.models), None), self.endpoint.knobs
-            cards = [self.card(name, first, knobs) for name in self.endpoint.models]
+            first, knobs = next(iter(self.owner.models), None), self.owner.knobs
+            cards = [self.card(name, first, knobs) for name in self.owner.models]
             self.send_json(200, {"object": "list", "data": cards})
 
     def card(self, name: str, first: str | None, knobs: Knobs) -> dict[str, Any]:
@@ -88,15 +76,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def is_allowed(self) -> bool:
         """Whether the key is right; refuse otherwise."""
-        self.endpoint.keys.append(self.headers.get("Authorization", ""))
-        if self.endpoint.knobs.key and self.endpoint.keys[-1] != f"Bearer {self.endpoint.knobs.key}":
+        self.owner.keys.append(self.headers.get("Authorization", ""))
+        if self.owner.knobs.key and self.owner.keys[-1] != f"Bearer {self.owner.knobs.key}":
             self.refuse(401, "Unauthorized")
             return False
         return True
 
     def do_POST(self) -> None:
         """A chat completion, or the trouble that the knobs order."""
-        endpoint, knobs = self.endpoint, self.endpoint.knobs
+        endpoint, knobs = self.owner, self.owner.knobs
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/tokenize" and knobs.tokenizes:
             self.send_json(200, {"count": len(body["prompt"]), "max_model_len": knobs.context, "tokens": []})
@@ -113,20 +101,20 @@ class Handler(BaseHTTPRequestHandler):
         """Reply in one piece or as a stream."""
         prompt = "".join(message["content"] for message in body["messages"])
         if knobs.hang_on and knobs.hang_on in prompt:
-            self.endpoint.closing.wait()
-        elif body["model"] not in self.endpoint.models:
+            self.owner.closing.wait()
+        elif body["model"] not in self.owner.models:
             self.refuse(404, f"The model `{body['model']}` does not exist.")
         elif len(prompt) > knobs.context:
             self.refuse(400, f"This model's maximum context length is {knobs.context} tokens. Please reduce it.")
         else:
-            reply = self.endpoint.models[body["model"]](body["messages"])
+            reply = self.owner.models[body["model"]](body["messages"])
             room = min(body.get("max_tokens") or knobs.context, knobs.context - len(prompt))
             ending = "length" if len(reply) > room else "stop"
             (self.stream if body.get("stream") else self.send_whole)(reply[:room], ending, len(prompt))
 
     def send_whole(self, reply: str, ending: str, prompt_tokens: int) -> None:
         """The reply as one document."""
-        time.sleep(self.endpoint.knobs.token_seconds * len(reply))
+        time.sleep(self.owner.knobs.token_seconds * len(reply))
         message = {"role": "assistant", "content": reply}
         choice = {"index": 0, "message": message, "finish_reason": ending, "logprobs": None}
         self.send_json(200, document("chat.completion", [choice], usage(prompt_tokens, len(reply))))
@@ -140,16 +128,16 @@ class Handler(BaseHTTPRequestHandler):
         deltas: list[dict[str, str]] = [{"role": "assistant", "content": ""}, *({"content": token} for token in reply)]
         try:
             for sent, delta in enumerate(deltas):
-                if sent == self.endpoint.knobs.break_stream_after:
+                if sent == self.owner.knobs.break_stream_after:
                     self.connection.shutdown(2)
                 self.send_event(delta, None)
-                time.sleep(self.endpoint.knobs.token_seconds)
+                time.sleep(self.owner.knobs.token_seconds)
             self.send_event({}, ending)
             self.send_text(json.dumps(document("chat.completion.chunk", [], usage(prompt_tokens, len(reply)))))
             self.send_text("[DONE]")
             self.wfile.write(b"0\r\n\r\n")
         except OSError:
-            self.endpoint.cut.set()
+            self.owner.cut.set()
         self.close_connection = True
 
     def send_event(self, delta: dict[str, str], ending: str | None) -> None:
