@@ -17,11 +17,12 @@ from math import inf
 from threading import Barrier, BrokenBarrierError
 
 from loraport.clients.errors import VerificationError
-from loraport.serve.verify import TOLERANCES, Asker, Outcome, Replayer, Served, Tolerance, replay, tolerance_for
+from loraport.serve.verify import TOLERANCES, Outcome, Replayer, Served, Tolerance, replay, tolerance_for
 from loraport.train.manifest import Manifest, Reply
 
 CONFIRMATIONS = 2  # which requests share a batch is a matter of milliseconds
 MOST_AT_ONCE = 64
+COMPANY_TOKENS = 64
 GATHERING_S = 5.0  # for all threads to be there; milliseconds, unless Ctrl-C came between
 
 
@@ -62,25 +63,39 @@ def list_questions(base: str, manifests: list[Manifest], serving_dtype: str) -> 
     return questions[:MOST_AT_ONCE]
 
 
-def ask_together(replayer: Asker, questions: list[Question]) -> list[Outcome]:
-    """Ask all questions at the same moment. Ctrl-C leaves at once: the threads end when the engine does."""
+def ask_together(replayer: Replayer, questions: list[Question]) -> list[Outcome]:
+    """Ask all questions at the same moment. Ctrl-C leaves at once: the threads end when the engine does.
+
+    Recorded replies may be a few tokens long, and over before the next request arrives. So each model also writes a
+    longer text meanwhile, and every question shares its batches with every model.
+    """
     if not questions:
         return []
-    barrier = Barrier(len(questions))
+    company = list({question.model: question for question in questions}.values())
+    barrier = Barrier(len(questions) + len(company))
 
-    def ask(question: Question) -> Outcome:
+    def gather() -> None:
         with suppress(BrokenBarrierError):
             barrier.wait(GATHERING_S)
+
+    def accompany(question: Question) -> None:
+        gather()
+        replayer.occupy(question.model, question.prompt, COMPANY_TOKENS)
+
+    def ask(question: Question) -> Outcome:
+        gather()
         return replay(replayer, question.model, question.prompt, question.expected, question.tolerance)
 
-    pool = ThreadPoolExecutor(len(questions))
+    pool = ThreadPoolExecutor(len(questions) + len(company))
     try:
+        for question in company:
+            pool.submit(accompany, question)
         return list(pool.map(ask, questions))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def ask_alone(replayer: Asker, question: Question, tolerance: Tolerance) -> Question:
+def ask_alone(replayer: Replayer, question: Question, tolerance: Tolerance) -> Question:
     """The same question, expecting what the engine answers to it now, while nothing else is asked."""
     served = replayer.ask(question.model, question.prompt, len(question.expected.tokens))
     return Question(question.model, question.prompt, as_reply(served), tolerance)

@@ -7,6 +7,7 @@ tolerance) and the recorded token is still as likely as it was; the replay then 
 that nothing stays unchecked.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
 from statistics import mean
@@ -117,6 +118,16 @@ class Replayer:
         body |= {"return_tokens_as_token_ids": True, "skip_special_tokens": True}
         body |= {"top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0}
         body |= {"frequency_penalty": 0}
+        return self.send(body)
+
+    def occupy(self, model: str, prompt: list[int], tokens: int) -> None:
+        """Let `model` write exactly `tokens` tokens, which nobody reads: company for the requests beside it."""
+        body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        with suppress(httpx.HTTPError):
+            self.client.post(self.url, json=body)
+
+    def send(self, body: dict[str, Any]) -> Served:
+        """The reply to one completion request; EndpointError when there is none."""
         try:
             answer = self.client.post(self.url, json=body)
             if answer.status_code != 200:
