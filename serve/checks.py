@@ -188,7 +188,9 @@ def find_base(model: str | None, adapters: list[Adapter]) -> Base:
     AdapterError when the one that is found is not the one that the adapters were trained on.
     """
     if model is None and not adapters:
-        raise UsageError("nothing to serve.", "name an adapter, or a base with --model; `loraport adapters` lists them")
+        raise UsageError(
+            "nothing to serve.", "name an adapter, or a base with --model; `loraport adapters list` shows them"
+        )
     base = resolve(model) if model else find_recorded_base(adapters[0])
     for adapter in adapters:
         check_base(base, adapter)

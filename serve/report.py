@@ -1,6 +1,8 @@
 """What `loraport serve` prints when it is ready: where, which models, how fast, and lines to copy."""
 
+import json
 from dataclasses import asdict, dataclass
+from shlex import quote
 from typing import Any
 
 from loraport.clients.endpoint import PLACEHOLDER_KEY
@@ -8,6 +10,7 @@ from loraport.clients.terminal import program, say
 from loraport.serve.engine import Launch
 from loraport.serve.verify import Verified
 
+LONGEST_QUESTION = 400  # characters, of a line to copy
 ANYWHERE = ("0.0.0.0", "::", "")
 
 
@@ -77,20 +80,29 @@ def describe(verified: Verified) -> str:
         return "not verified: its manifest records no replies"
     if verified.telling == 0:
         return "unproven: it answers as in training, but so would the base on each recorded prompt"
+    replies = "1 reply" if verified.prompts == 1 else f"{verified.prompts} replies"
     return (
-        f"verified: {verified.prompts} replies as in training, {verified.telling} unlike the base's, "
+        f"verified: {replies} as in training, {verified.telling} unlike the base's, "
         f"within {verified.difference:.3f} nats"
     )
+
+
+def question(ready: Ready) -> str:
+    """Something of the kind that the adapter was trained for, where that is short; a small model knows little else."""
+    golden = [reply for adapter in ready.launch.adapters[:1] for reply in adapter.manifest.golden]
+    asked = [reply.messages[0]["content"] for reply in golden if len(reply.messages) == 1]
+    return min((text for text in asked if len(text) <= LONGEST_QUESTION), key=len, default="Hello")
 
 
 def lines_to_copy(ready: Ready) -> list[str]:
     """How to reach it with curl, the openai SDK and Aider."""
     url, model = ready.base_url, ready.default_model
-    message = '{"role": "user", "content": "Hello"}'
+    message = json.dumps({"role": "user", "content": question(ready)}, ensure_ascii=False)
+    body = quote(f'{{"model": "{model}", "messages": [{message}]}}')
     return [
         "curl:",
         f"  curl {url}/chat/completions -H 'Content-Type: application/json' \\",
-        f'    -d \'{{"model": "{model}", "messages": [{message}]}}\'',
+        f"    -d {body}",
         "Python:",
         "  from openai import OpenAI",
         f'  client = OpenAI(base_url="{url}", api_key="{PLACEHOLDER_KEY}")',

@@ -63,6 +63,12 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, message: str, hint: str) 
     assert caught.value.exit_code == 2
 
 
+def test_a_misspelled_key_explains_more_than_the_missing_one(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: m\ndta: rows.jsonl\n")
+    with pytest.raises(ConfigError, match="unknown key 'dta'"):
+        load_config(tmp_path / "run.yaml", {})
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="model and data must be given"):
         load_config(None, {})

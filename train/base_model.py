@@ -189,7 +189,8 @@ def explain_download(error: Exception, model: str, revision: str | None) -> Lora
     if isinstance(error, hub.LocalEntryNotFoundError):
         state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
         return BaseModelError(
-            f"the cache {constants.HF_HUB_CACHE} does not hold all of the model {model}, and {state}.",
+            f"there is no folder {model}, the cache {constants.HF_HUB_CACHE} does not hold all of the model {model}, "
+            f"and {state}.",
             "go online once, or give the path of a model folder",
         )
     try:

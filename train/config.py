@@ -107,7 +107,7 @@ def load_config(path: Path | None, flags: dict[str, Any]) -> RunConfig:
     values = read_yaml(path) if path else {}
     values |= {key: value for key, value in flags.items() if value is not None}
     missing = [key for key in ("model", "data") if key not in values]
-    if missing:
+    if missing and set(values) <= set(RunConfig.model_fields):  # else a misspelled key is the better explanation
         raise ConfigError(
             f"{' and '.join(missing)} must be given.", f"add --{missing[0]}, or a file with --config run.yaml"
         )
@@ -139,7 +139,8 @@ def explain_invalid(error: ValidationError, where: str) -> ConfigError:
     """The first thing wrong with a configuration, in one sentence, with the good values as the hint."""
     from difflib import get_close_matches
 
-    first = error.errors()[0]
+    found = error.errors()
+    first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         near = get_close_matches(key, RunConfig.model_fields, 1)

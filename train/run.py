@@ -129,6 +129,11 @@ def prove(model: Any, encoder: Encoder, eval_rows: list[Row]) -> tuple[list[Gold
             ending = "" if reply.stopped else " (never stops)"
             say(f"  reply {reply.text!r}{ending}  wanted {row.reference!r}", "dim")
     say(f"{same} of {len(sample)} sampled held-out replies are as wanted, {stopped} stop by themselves")
+    if stopped < len(sample):
+        say(
+            "warning: not every reply stops by itself: train longer (--epochs, --learning-rate) or on more rows",
+            "yellow",
+        )
     return golden, {"sample_success": same / len(sample), "sample_stop_rate": stopped / len(sample)}
 
 
