@@ -149,4 +149,9 @@ def use_checkpointing(config: RunConfig, model: Any) -> bool:
 
 def base_parameters(model: Any) -> int:
     """Number of parameters without those of an adapter, 4-bit ones counted in full."""
-    return int(model.num_parameters() - sum(p.numel() for p in model.parameters() if p.requires_grad))
+    return int(model.num_parameters()) - count_trainable(model)
+
+
+def count_trainable(model: Any) -> int:
+    """Number of parameters that learn."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -20,6 +20,7 @@ from loraport.clients.terminal import say
 from loraport.train.adapters import WEIGHTS, Adapter, PartialVersion, check_name, find_same, publish
 from loraport.train.base_model import identify, reply_settings_sha256, resolve
 from loraport.train.config import RunConfig
+from loraport.train.lora import Device, choose_types, count_trainable, load_lora
 from loraport.train.manifest import BaseIdentity, DataCounts, Golden, Manifest
 from loraport.train.tokens import Encoder, Example, encode_rows
 
@@ -47,7 +48,6 @@ def train(config: RunConfig, home: Home, force: bool = False) -> Adapter:
         say(f"{config.name} {existing.manifest.version} is up to date: same rows, settings and base.")
         return existing
 
-    from loraport.train.lora import load_lora
     from loraport.train.trainer import run_trainer
 
     started = time.monotonic()
@@ -104,11 +104,6 @@ def say_untrained(examples: list[Example]) -> None:
             f"them differently once others follow. Split those rows to train on each.",
             "yellow",
         )
-
-
-def count_trainable(model: Any) -> int:
-    """Number of parameters that learn."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def prove(model: Any, encoder: Encoder, eval_rows: list[Row]) -> tuple[list[Golden], dict[str, float]]:
@@ -175,8 +170,6 @@ def describe(
     golden: list[Golden],
 ) -> Manifest:
     """The manifest of the adapter in `folder`; its version is given when it is published."""
-    from loraport.train.lora import Device, choose_types
-
     return Manifest(
         name=config.name,
         version="",
