@@ -19,8 +19,8 @@ def make_tiny_adapter(home: Path, base_folder: Path, name: str, seed: int = 1, r
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from loraport.train.golden import golden_replies
-    from loraport.train.tokens import Encoder
+    from loraport.train.data.tokens import Encoder
+    from loraport.train.proof.golden import golden_replies
 
     folder = Home(home).adapters / name / "v1"
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)

@@ -17,7 +17,11 @@ MAY_IMPORT = {"clients": set(), "train": {"clients"}, "bench": {"clients"}, "ser
 # Of `train`, serving reads only what needs no torch.
 TRAIN_FOR_SERVE = {"adapters", "base_model", "config", "manifest", "weights"}
 HEAVY = {"torch", "transformers", "peft", "vllm", "datasets", "bitsandbytes", "accelerate"}
-TORCH_MODULES = {"train/trainer.py", "train/golden.py", "train/progress.py"}  # imported only by a training run
+TORCH_MODULES = {
+    "train/loop/trainer.py",
+    "train/proof/golden.py",
+    "train/loop/progress.py",
+}  # imported only by a training run
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

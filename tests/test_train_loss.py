@@ -10,11 +10,11 @@ from loraport.clients.errors import ConfigError, Refused
 from loraport.clients.rows import Row
 from loraport.train.base_model import resolve
 from loraport.train.config import RunConfig
-from loraport.train.golden import golden_replies, greedy_reply
-from loraport.train.lora import Device, Types, choose_types, load_lora
+from loraport.train.data.tokens import IGNORED, Encoder, Example
+from loraport.train.loop.lora import Device, Types, choose_types, load_lora
+from loraport.train.loop.trainer import collate, micro_batch_rows, run_trainer, summed_loss
+from loraport.train.proof.golden import golden_replies, greedy_reply
 from loraport.train.run import save_weights
-from loraport.train.tokens import IGNORED, Encoder, Example
-from loraport.train.trainer import collate, micro_batch_rows, run_trainer, summed_loss
 
 ROWS = [
     Row([{"role": "user", "content": "count " + "on " * n}, {"role": "assistant", "content": "one two " * n}], n)

@@ -7,7 +7,7 @@ import pytest
 
 from loraport.clients.errors import BaseModelError, DataError
 from loraport.clients.rows import Row
-from loraport.train.tokens import IGNORED, Encoder, encode_rows
+from loraport.train.data.tokens import IGNORED, Encoder, encode_rows
 from tests.models import CHATML, make_tiny_base
 
 PLAIN = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")

@@ -20,9 +20,9 @@ from loraport.clients.terminal import say
 from loraport.train.adapters import WEIGHTS, Adapter, PartialVersion, check_name, find_same, publish
 from loraport.train.base_model import identify, reply_settings_sha256, resolve
 from loraport.train.config import RunConfig
-from loraport.train.lora import Device, choose_types, count_trainable, load_lora
+from loraport.train.data.tokens import Encoder, Example, encode_rows
+from loraport.train.loop.lora import Device, choose_types, count_trainable, load_lora
 from loraport.train.manifest import BaseIdentity, DataCounts, Golden, Manifest
-from loraport.train.tokens import Encoder, Example, encode_rows
 
 # Part of the fingerprint: raised when the same inputs would now give another adapter.
 RECIPE = 1
@@ -48,7 +48,7 @@ def train(config: RunConfig, home: Home, force: bool = False) -> Adapter:
         say(f"{config.name} {existing.manifest.version} is up to date: same rows, settings and base.")
         return existing
 
-    from loraport.train.trainer import run_trainer
+    from loraport.train.loop.trainer import run_trainer
 
     started = time.monotonic()
     say(f"base {base.model} ({base.weight_bytes / 2**20:,.0f} MiB), {len(rows)} rows, {len(eval_rows)} held out")
@@ -108,7 +108,7 @@ def say_untrained(examples: list[Example]) -> None:
 
 def prove(model: Any, encoder: Encoder, eval_rows: list[Row]) -> tuple[list[Golden], dict[str, float]]:
     """Golden replies, and how many of a sample of held-out rows the adapter answers and ends by itself."""
-    from loraport.train.golden import LONGEST_PROMPT, golden_replies, greedy_reply
+    from loraport.train.proof.golden import LONGEST_PROMPT, golden_replies, greedy_reply
 
     sample = spread(eval_rows, PROVED_ROWS)
     prompts = [encoder.prompt(row.prompt) for row in sample]

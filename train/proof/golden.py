@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from loraport.clients.rows import Message
+from loraport.train.data.tokens import Encoder
 from loraport.train.manifest import Golden, Reply
-from loraport.train.tokens import Encoder
 
 GOLDEN_PROMPTS = 4
 LONGEST_PROMPT = 1024  # a replay should cost milliseconds

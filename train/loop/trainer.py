@@ -16,9 +16,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from loraport.clients.errors import Refused, ResourceError
 from loraport.train.config import RunConfig
-from loraport.train.lora import Device, choose_types, use_checkpointing
-from loraport.train.progress import ProgressCallback
-from loraport.train.tokens import IGNORED, Encoder, Example
+from loraport.train.data.tokens import IGNORED, Encoder, Example
+from loraport.train.loop.lora import Device, choose_types, use_checkpointing
+from loraport.train.loop.progress import ProgressCallback
 
 Features = dict[str, list[int]]  # `input_ids` and `labels` of one row
 

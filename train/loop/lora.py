@@ -9,7 +9,7 @@ from typing import Any
 from loraport.clients.errors import BaseModelError, ConfigError, ResourceError
 from loraport.train.base_model import Base
 from loraport.train.config import RunConfig
-from loraport.train.tokens import first_line
+from loraport.train.data.tokens import first_line
 
 LARGE_MODEL = 1_000_000_000  # parameters from which activations, not weights, decide about memory
 

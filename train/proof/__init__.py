@@ -1,0 +1,1 @@
+"""What the trained adapter does: golden replies, generation on held-out rows, the report, the gate."""
