@@ -127,18 +127,18 @@ def test_golden_replies_tell_adapter_and_base_apart(model: Any, encoder: Encoder
 
 
 @pytest.mark.parametrize(
-    ("dtype", "device", "expected"),
+    ("load", "device", "expected"),
     [
         ("auto", Device("cuda", True), Types("bfloat16", "bfloat16")),
         ("auto", Device("cuda", False), Types("float16", "float16")),
         ("auto", Device("cpu", False), Types("float32", "float32")),
         ("nf4", Device("cuda", True), Types("nf4", "bfloat16")),
         ("nf4", Device("cuda", False), Types("nf4", "float16")),
-        ("float32", Device("cuda", True), Types("float32", "float32")),
+        ("fp32", Device("cuda", True), Types("float32", "float32")),
     ],
 )
-def test_types_follow_the_device(tiny_base: Path, dtype: str, device: Device, expected: Types) -> None:
-    assert choose_types(config_for(tiny_base, dtype=dtype), device) == expected
+def test_types_follow_the_device(tiny_base: Path, load: str, device: Device, expected: Types) -> None:
+    assert choose_types(config_for(tiny_base, load=load), device) == expected
 
 
 def test_a_run_that_diverges_is_ended(tiny_base: Path, tmp_path: Path, encoder: Encoder) -> None:

@@ -107,7 +107,7 @@ def test_where_data_and_base_lie_does_not_matter(
     [
         ({"target_modules": ("nose_proj",)}, ConfigError, "no linear layers called nose_proj"),
         ({"sequence_length": 16}, DataError, "rows are longer than 16 tokens"),
-        ({"dtype": "nf4"}, ConfigError, "nf4 needs an NVIDIA GPU"),
+        ({"load": "nf4"}, ConfigError, "nf4 needs an NVIDIA GPU"),
         ({"name": "a/b"}, Exception, "cannot be the name"),
         ({"name": "base"}, Exception, "cannot be the name"),
     ],

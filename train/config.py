@@ -47,26 +47,48 @@ class RunConfig(BaseModel):
     preset: str = Field(DEFAULT_PRESET, description="Rank, alpha and target modules by name.")
     rank: int = Field(0, ge=0, le=512, description="Rank of the adapter; 0: the preset's.")
     alpha: int = Field(0, ge=0, description="Scale of the adapter, applied as alpha / rank; 0: the preset's.")
+    rslora: bool = Field(False, description="Apply the scale as alpha / sqrt(rank) instead: for high ranks.")
     dropout: float = Field(0.05, ge=0, lt=1, description="Dropout before A; 0.1 is already high.")
     target_modules: tuple[str, ...] = Field((), description="Linear layers that get an adapter; empty: the preset's.")
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "nf4"] = Field(
+    load: Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"] = Field(
         "auto",
-        description="How the base is held: auto is bfloat16 on a GPU (float16 on one without it) and float32 on a CPU; "
-        "nf4 is 4 bits and needs a GPU.",
+        description="How the base is held: auto is bf16 on a GPU (fp16 on one without it) and fp32 on a CPU; int8 is "
+        "load_in_8bit, nf4 is load_in_4bit with bnb_4bit_quant_type nf4: both need a GPU.",
     )
-    gradient_checkpointing: bool | None = Field(
-        None,
-        description="Recompute activations in the backward pass: slower, less memory; default: from 1B parameters.",
+    compute_dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="Type of the arithmetic (bnb_4bit_compute_dtype): bf16 or fp16, one of them."
     )
+    double_quant: bool = Field(
+        True, description="Quantise the scales of nf4 as well (bnb_4bit_use_double_quant): 0.4 bits a weight less."
+    )
+    optimizer: Literal["auto", "adamw", "paged_adamw_8bit"] = Field(
+        "auto", description="auto is paged_adamw_8bit where the base is held in int8 or nf4, adamw elsewhere."
+    )
+    checkpointing: Literal["auto", "off", "half", "full", "offload"] = Field(
+        "auto",
+        description="Layers whose activations are computed again in the backward pass instead of kept: slower, less "
+        "memory. auto: as few as the memory allows; offload: all, their inputs kept in host memory.",
+    )
+    gpu_memory: float | None = Field(None, gt=0, description="GiB of GPU memory to stay within; default: what is free.")
     sequence_length: int = Field(2048, ge=16, description="Longest row in tokens; longer rows are refused.")
-    batch_size: int = Field(16, ge=1, description="Rows for each step of the optimiser.")
-    micro_batch_tokens: int = Field(4096, ge=16, description="Padded tokens on the device at once; bounds memory.")
+    batch_size: int = Field(16, ge=1, description="Rows for each step of the optimiser, on all GPUs together.")
+    micro_batch_tokens: int | None = Field(
+        None,
+        ge=16,
+        description="Tokens on the device at once; decides about memory, not about the result. Default: what fits.",
+    )
     epochs: float = Field(3, gt=0, description="Passes over the rows.")
+    max_steps: int | None = Field(None, ge=1, description="Steps of the optimiser after which to end, whatever epochs.")
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="Its way down from there.")
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which it rises from 0.")
+    warmup_steps: int | None = Field(None, ge=0, description="The same as a number of steps; wins over the share.")
     weight_decay: float = Field(0.0, ge=0, description="Decay of AdamW.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations; default: once an epoch.")
+    save_steps: int | None = Field(None, ge=1, description="Steps between checkpoints; default: at each evaluation.")
+    keep_checkpoints: int = Field(3, ge=1, description="Checkpoints kept while the run goes on, the best aside.")
     seed: int = Field(0, description="Of initialisation, order and dropout.")
 
     @model_validator(mode="before")
@@ -91,11 +113,13 @@ class RunConfig(BaseModel):
 
     def fingerprint(self, data_sha256: str, inputs: dict[str, str]) -> str:
         """Hash of all that decides the result: settings, data, and `inputs` such as the base; not where they lie."""
-        settings = self.model_dump(mode="json", exclude={"model", "revision", "data", "eval_data"})
+        settings = self.model_dump(mode="json", exclude=PLACES | {"name"} | MEMORY_ONLY)
         text = json.dumps([settings, data_sha256, inputs], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+PLACES = {"model", "revision", "data", "eval_data"}  # where things lie: their content is hashed instead
+MEMORY_ONLY = {"checkpointing", "gpu_memory", "micro_batch_tokens", "keep_checkpoints"}  # the result is the same
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's --max-lora-rank choices, 0.25 to 0.32
 
 

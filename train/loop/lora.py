@@ -39,20 +39,23 @@ class Types:
     computed: str
 
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
 def choose_types(config: RunConfig, device: Device) -> Types:
-    """What the configuration's `dtype` means on `device`; ConfigError for nf4 without a GPU.
+    """What the configuration's `load` and `compute_dtype` mean on `device`; ConfigError for nf4 or int8 without a GPU.
 
     A GPU without bfloat16 (before Ampere) gets float16, a CPU float32.
     """
     half = "bfloat16" if device.has_bf16 else "float16"
-    if config.dtype == "nf4":
+    natural = half if device.kind == "cuda" else "float32"
+    computed = DTYPES.get(config.compute_dtype)
+    if config.load in ("nf4", "int8"):
         if device.kind != "cuda":
-            raise ConfigError("dtype nf4 needs an NVIDIA GPU, and there is none here.", "use --dtype auto")
-        return Types("nf4", half)
-    if config.dtype == "auto":
-        chosen = half if device.kind == "cuda" else "float32"
-        return Types(chosen, chosen)
-    return Types(config.dtype, config.dtype)
+            raise ConfigError(f"load {config.load} needs an NVIDIA GPU, and there is none here.", "use --load auto")
+        return Types(config.load, computed or half)
+    held = DTYPES.get(config.load, natural)
+    return Types(held, computed or held)
 
 
 def load_lora(base: Base, config: RunConfig) -> Any:
@@ -81,6 +84,7 @@ def load_lora(base: Base, config: RunConfig) -> Any:
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
             target_modules=list(config.target_modules),
+            use_rslora=config.rslora,
         ),
     )
 
@@ -106,7 +110,7 @@ def load_base(base: Base, types: Types) -> Any:
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(
             f"the weights of {base.model} ({base.weight_bytes / 2**30:.1f} GiB on disk) do not fit the memory.",
-            "use --dtype nf4 on a GPU, end other programs that use the memory, or train a smaller model",
+            "use --load nf4 on a GPU, end other programs that use the memory, or train a smaller model",
         ) from error
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise BaseModelError(
@@ -143,8 +147,9 @@ def check_targets(base: Base, config: RunConfig, model: Any) -> None:
 
 def use_checkpointing(config: RunConfig, model: Any) -> bool:
     """As configured, else for models whose activations would not fit."""
-    wanted = config.gradient_checkpointing
-    return base_parameters(model) >= LARGE_MODEL if wanted is None else wanted
+    if config.checkpointing == "auto":
+        return base_parameters(model) >= LARGE_MODEL
+    return config.checkpointing != "off"
 
 
 def base_parameters(model: Any) -> int:

@@ -127,7 +127,7 @@ def run_trainer(
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"the GPU ran out of memory with {micro} rows at once.",
-            f"halve --micro-batch-tokens (it is {config.micro_batch_tokens}), or use --dtype nf4",
+            f"halve --micro-batch-tokens (it is {config.micro_batch_tokens or 4096}), or use --load nf4",
         ) from error
     finally:
         progress.close()
@@ -179,5 +179,5 @@ def training_arguments(config: RunConfig, model: Any, rows: int, micro: int, fol
 
 def micro_batch_rows(config: RunConfig, longest: int) -> int:
     """Rows on the device at once: the largest divisor of the batch whose longest rows stay within the budget."""
-    fitting = max(1, config.micro_batch_tokens // longest)
+    fitting = max(1, (config.micro_batch_tokens or 4096) // longest)
     return max(size for size in range(1, config.batch_size + 1) if config.batch_size % size == 0 and size <= fitting)
