@@ -22,7 +22,7 @@ PORT ?= 8000
 quoted = '$(subst ','\'',$(1))'
 flag = $(if $(2),$(1) $(call quoted,$(2)))
 
-.PHONY: help setup train serve eval test lint lock links clean
+.PHONY: help setup train serve eval test lint docs lock links clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -50,6 +50,9 @@ test: setup links  ## unit tests, fake-engine tests and the integration tests on
 lint: setup links  ## ruff and mypy
 	@$(PYTHON) requirements/install.py $(VENV) --test
 	@$(IN) ruff check . && $(IN) ruff format --check . && $(IN) mypy
+
+docs: setup  ## make docs/configuration.md and its JSON schema anew from train/config.py
+	@$(IN) loraport.train.reference docs
 
 links:  ## a link tree that maps loraport.* to the rooms, for mypy and for use without an install (PYTHONPATH=.links:.)
 	@mkdir -p .links/loraport

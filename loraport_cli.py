@@ -18,6 +18,7 @@ import typer
 
 # command -> (module, first line of its help). A module's function has the command's name with _ for -.
 COMMANDS = {
+    "data": ("loraport.train.data.cli", "Build, check and show the rows to train on."),
     "train": ("loraport.train.cli", "Train a LoRA adapter on rows and prove it."),
     "serve": ("loraport.serve.cli", "Serve a base and its adapters on one OpenAI-compatible URL."),
     "eval": ("loraport.bench.cli", "Measure success and stop rate of models on held-out rows."),
@@ -27,6 +28,31 @@ COMMANDS = {
     "aider": ("loraport.clients.cli", "Start Aider against the endpoint, told its context size."),
 }
 
+# group -> (line of help, {command -> (module, function, first line of its help)}): the commands of a group may live in
+# different rooms, so each is imported alone.
+GROUPS = {
+    "bench": (
+        "Measure training and serving against peers and limits.",
+        {
+            "train": (
+                "loraport.bench.training.cli",
+                "bench_train",
+                "Measure training speed and memory, ours against its peers.",
+            ),
+        },
+    ),
+    "plan": (
+        "Say what a run will need, before it starts.",
+        {
+            "train": (
+                "loraport.train.memory.cli",
+                "plan_train",
+                "Say what training will need: memory, time, cost, settings.",
+            ),
+        },
+    ),
+}
+
 # Commands that hand on the flags they do not know, to the program that they start.
 HANDS_ON = {"aider": {"allow_extra_args": True, "ignore_unknown_options": True}}
 
@@ -34,8 +60,9 @@ SAME_SIGNAL_S = 5.0  # signals closer together than this are one
 
 
 def command_of(arguments: list[str]) -> str | None:
-    """The command that `arguments` call: the first word that is not a flag."""
-    return next((word for word in arguments if not word.startswith("-")), None)
+    """The command that `arguments` call: the first word that is not a flag; of a group the first two."""
+    words = [word for word in arguments if not word.startswith("-")]
+    return " ".join(words[: 2 if words and words[0] in GROUPS else 1]) or None
 
 
 def build_app(called: str | None) -> typer.Typer:
@@ -54,8 +81,21 @@ def build_app(called: str | None) -> typer.Typer:
         if isinstance(target, typer.Typer):
             app.add_typer(target, name=name, help=line)
         else:
-            app.command(name, help=None if name == called else line, context_settings=HANDS_ON.get(name))(target)
+            own = {"help": None if name == called else line, "context_settings": HANDS_ON.get(name)}
+            app.command(name, cls=getattr(target, "command_class", None), **own)(target)
+    for group, (line, members) in GROUPS.items():
+        app.add_typer(build_group(group, members, called), name=group, help=line)
     return app
+
+
+def build_group(group: str, members: dict[str, tuple[str, str, str]], called: str | None) -> typer.Typer:
+    """A group of commands of which only the `called` one ("plan train") is real."""
+    made = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+    for name, (module, function, line) in members.items():
+        is_called = called == f"{group} {name}"
+        target = getattr(import_module(module), function) if is_called else lambda: None
+        made.command(name, help=None if is_called else line)(target)
+    return made
 
 
 def print_version(wanted: bool) -> None:

@@ -20,7 +20,7 @@ from loraport.bench.metrics import Answer
 from loraport.clients.endpoint import explain
 from loraport.clients.errors import EndpointError
 from loraport.clients.models import connect_async, thinking_option
-from loraport.clients.rows import Row
+from loraport.clients.rows import Row, as_request
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -90,8 +90,8 @@ class Evaluation:
         known["prompt"] = row.prompt[-1]["content"]
         started = time.monotonic()
         try:
-            messages: Any = row.prompt
-            done = await client.chat.completions.create(model=model, messages=messages, **self.request.parameters())
+            asked: Any = {"messages": as_request(row.prompt)} | ({"tools": row.tools} if row.tools else {})
+            done = await client.chat.completions.create(model=model, **asked, **self.request.parameters())
             choice = done.choices[0]
         except openai.OpenAIError as error:
             if self.is_fatal(error):

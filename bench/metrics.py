@@ -1,16 +1,15 @@
 """Answers into figures: success and stop rate with their intervals, tokens, speed, errors by kind.
 
->>> wilson(93, 100)
-(0.863, 0.966)
+>>> summarize("demo", answers).success.rate
+0.95
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import sqrt
 from typing import Any
 
-Z95 = 1.959964  # standard normal quantile of a two-sided 95% interval
+from loraport.clients.rates import Rate, make_rate
 
 
 @dataclass(frozen=True)
@@ -39,17 +38,6 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Rate:
-    """`count` of `total`, with the 95% interval of the share."""
-
-    count: int
-    total: int
-    rate: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class ModelFigures:
     """The figures of one model. Speed is per request: tokens over the summed seconds of the answered requests."""
 
@@ -64,22 +52,6 @@ class ModelFigures:
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
         return asdict(self)
-
-
-def wilson(count: int, total: int) -> tuple[float, float]:
-    """The 95% interval of a share, in [0, 1], after Wilson (1927): honest near 0 and 1, where n ± z·s is not."""
-    if total == 0:
-        return 0.0, 1.0
-    share = count / total
-    scale = 1 + Z95**2 / total
-    middle = (share + Z95**2 / (2 * total)) / scale
-    half = Z95 * sqrt(share * (1 - share) / total + Z95**2 / (4 * total**2)) / scale
-    return round(max(0.0, middle - half), 3), round(min(1.0, middle + half), 3)
-
-
-def make_rate(count: int, total: int) -> Rate:
-    """`count` of `total` as a rate; 0 of 0 is a rate of 0."""
-    return Rate(count, total, count / total if total else 0.0, *wilson(count, total))
 
 
 def summarize(model: str, answers: Sequence[Answer]) -> ModelFigures:

@@ -9,8 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from loraport.bench.evaluate import Evaluation
-from loraport.bench.metrics import Answer, ModelFigures, Rate, summarize
+from loraport.bench.metrics import Answer, ModelFigures, summarize
 from loraport.clients.errors import EndpointError, Shortfall
+from loraport.clients.rates import Rate
 from loraport.clients.terminal import printable
 
 

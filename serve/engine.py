@@ -20,9 +20,9 @@ from typing import IO
 
 from loraport.clients.endpoint import process_identity
 from loraport.clients.errors import os_errors
+from loraport.clients.hardware import Device
 from loraport.clients.home import Home
 from loraport.serve import versions
-from loraport.serve.hardware import Device
 from loraport.serve.leftovers import MARKER, EngineTrace, marker, session_of
 from loraport.serve.leftovers import end as end_processes
 from loraport.serve.plan import Plan

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraport.clients.errors import ResourceError, UsageError
-from loraport.serve.hardware import Device
+from loraport.clients.hardware import Device
 from loraport.train.manifest import Manifest
 
 GIB, MIB = 1 << 30, 1 << 20

@@ -20,11 +20,12 @@ from types import FrameType
 
 from loraport.clients.endpoint import EndpointRecord, process_identity
 from loraport.clients.errors import BaseModelError
+from loraport.clients.hardware import Device
 from loraport.clients.home import Home, require_disk, write_json
 from loraport.clients.terminal import console, print_json, say
 from loraport.serve import checks, prompts, report, versions
 from loraport.serve.engine import DEFAULT_COMMAND, Engine, Launch
-from loraport.serve.hardware import Device, read_device
+from loraport.serve.hardware import read_device
 from loraport.serve.leftovers import end_leftovers
 from loraport.serve.plan import Plan, Wanted, plan, read_shape
 from loraport.serve.startup import explain_death, wait_ready

@@ -62,7 +62,7 @@ class FakeHub(Loopback):
         self.url = self.origin
 
     def add(self, name: str, files: dict[str, bytes], **knobs: Any) -> Repository:
-        """Publish a model."""
+        """Publish a model, or a data set under the name datasets/org/name."""
         self.repositories[name] = Repository(files, **knobs)
         return self.repositories[name]
 
@@ -94,9 +94,11 @@ class Handler(BaseHTTPRequestHandler):
         self.owner.requests.append((self.command, path, self.headers.get("Range", "")))
         for pattern, answer in (
             (r"/api/models/([^/]+/[^/]+|[^/]+)(?:/revision/(?P<revision>.+))?", self.send_info),
+            (r"/api/(datasets/[^/]+/[^/]+)(?:/revision/(?P<revision>.+))?", self.send_info),
             (r"/api/models/([^/]+/[^/]+|[^/]+)/tree/(?P<revision>[^/]+)", self.send_tree),
-            (r"/([^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)", self.resolve),
-            (r"/cdn/([^/]+/[^/]+)/(?P<file>.+)", self.send_file),
+            (r"/api/(datasets/[^/]+/[^/]+)/tree/(?P<revision>[^/]+)", self.send_tree),
+            (r"/((?:datasets/)?[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)", self.resolve),
+            (r"/cdn/((?:datasets/[^/]+/)?[^/]+/[^/]+)/(?P<file>.+)", self.send_file),
         ):
             if found := re.fullmatch(pattern, path):
                 self.answer(answer, found)
@@ -125,7 +127,13 @@ class Handler(BaseHTTPRequestHandler):
             for file in repository.files
             for entry in [repository.entry(file)]
         ]
-        card = {"id": name, "modelId": name, "sha": repository.commit, "private": False, "siblings": siblings}
+        card = {
+            "id": name.removeprefix("datasets/"),
+            "modelId": name,
+            "sha": repository.commit,
+            "private": False,
+            "siblings": siblings,
+        }
         self.send_json({**card, "gated": "manual" if repository.gated else False, "tags": [], "downloads": 0})
 
     def send_tree(self, name: str, repository: Repository, _: str | None) -> None:

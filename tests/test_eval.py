@@ -13,8 +13,9 @@ from openai import APITimeoutError
 from openai.resources.chat.completions import AsyncCompletions
 
 from loraport.bench.cli import eval as evaluate
-from loraport.bench.metrics import Answer, summarize, wilson
+from loraport.bench.metrics import Answer, summarize
 from loraport.clients.errors import EndpointError, Shortfall, UsageError
+from loraport.clients.rates import wilson
 from tests.fake_openai import FakeOpenAI, Knobs
 
 

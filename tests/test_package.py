@@ -17,11 +17,15 @@ MAY_IMPORT = {"clients": set(), "train": {"clients"}, "bench": {"clients"}, "ser
 # Of `train`, serving reads only what needs no torch.
 TRAIN_FOR_SERVE = {"adapters", "base_model", "config", "manifest", "weights"}
 HEAVY = {"torch", "transformers", "peft", "vllm", "datasets", "bitsandbytes", "accelerate"}
-TORCH_MODULES = {
-    "train/loop/trainer.py",
-    "train/proof/golden.py",
-    "train/loop/progress.py",
-}  # imported only by a training run
+# Programs that `loraport bench train` starts and no module imports, and what of another room they may import: a peer is
+# measured on the same base by the same clock as ours.
+PROGRAMS = {
+    "bench/contenders/peers.py": {"loraport.train.loop.random_base", "loraport.train.loop.step_clock"},
+    "train/loop/measure.py": set(),
+    "train/loop/probe.py": set(),
+}
+# What only a running training imports: the loop, and what lets the model speak.
+TORCH_MODULES = ("train/loop/", "train/proof/generate.py", "train/proof/golden.py")
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
@@ -42,14 +46,23 @@ def test_rooms_import_only_what_they_may(path: Path) -> None:
     name = path.relative_to(ROOT).as_posix()
     room = name.split("/")[0]
     for module, at_top in imports(path):
-        if module.startswith("loraport."):
+        if module.startswith("loraport.") and module not in PROGRAMS.get(name, ()):
             _, other, *rest = module.split(".")
             assert other == room or other in MAY_IMPORT[room], f"{name} imports {module}"
             if room == "serve" and other == "train":
                 assert rest and rest[0] in TRAIN_FOR_SERVE, f"{name} imports {module}"
-        heavy = module.split(".")[0] in HEAVY
-        assert not (heavy and at_top and name not in TORCH_MODULES), f"{name} imports {module} when it is imported"
+            assert f"{'/'.join([other, *rest])}.py" not in PROGRAMS, f"{name} imports {module}"
+        heavy = module.split(".")[0] in HEAVY and name not in PROGRAMS
+        assert not (heavy and at_top and not name.startswith(TORCH_MODULES)), (
+            f"{name} imports {module} when it is imported"
+        )
         assert not (heavy and room != "train"), f"{name} imports {module}"
+
+
+def test_a_run_imports_torch_only_when_there_is_something_to_train() -> None:
+    code = "import sys, loraport.train.run; print({'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert printed.strip() == "set()"
 
 
 def test_every_package_on_disk_is_declared() -> None:

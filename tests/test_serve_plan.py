@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from loraport.clients.errors import ResourceError, UsageError
+from loraport.clients.hardware import Device, read_cgroup, read_gpu
 from loraport.serve import hardware, versions
 from loraport.serve.cli import check_engine_flags, check_flags, parse_context, split_arguments
-from loraport.serve.hardware import Device
 from loraport.serve.plan import GIB, MIB, Plan, Wanted, find, plan, read_shape
 from loraport.train.manifest import BaseIdentity, DataCounts, Manifest
 
@@ -289,20 +289,20 @@ def test_no_driver_and_a_cpu_build_mean_the_cpu(monkeypatch: pytest.MonkeyPatch)
     assert hardware.read_device().kind == "cpu" and asked == []
     fake_nvml(monkeypatch)
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert hardware.read_gpu() is None
+    assert read_gpu() is None
 
 
 def test_cgroup_limits_are_respected(tmp_path: Path) -> None:
-    assert hardware.read_cgroup(tmp_path) is None
+    assert read_cgroup(tmp_path) is None
     for name, text in (
         ("memory.max", "1000"),
         ("memory.current", "700"),
         ("memory.stat", "anon 1\ninactive_file 200\n"),
     ):
         (tmp_path / name).write_text(text)
-    assert hardware.read_cgroup(tmp_path) == (1000, 500)
+    assert read_cgroup(tmp_path) == (1000, 500)
     (tmp_path / "memory.max").write_text("max\n")
-    assert hardware.read_cgroup(tmp_path) is None
+    assert read_cgroup(tmp_path) is None
 
 
 def test_this_machine_can_be_read() -> None:

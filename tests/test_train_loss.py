@@ -9,8 +9,10 @@ import torch
 from loraport.clients.errors import ConfigError, Refused
 from loraport.clients.rows import Row
 from loraport.train.base_model import resolve
-from loraport.train.config import RunConfig
+from loraport.train.config import ResolvedConfig, RunConfig
 from loraport.train.data.tokens import IGNORED, Encoder, Example
+from loraport.train.defaults import Facts
+from loraport.train.defaults import resolve as resolve_config
 from loraport.train.loop.lora import Device, Types, choose_types, load_lora
 from loraport.train.loop.trainer import collate, micro_batch_rows, run_trainer, summed_loss
 from loraport.train.proof.golden import golden_replies, greedy_reply
@@ -22,8 +24,9 @@ ROWS = [
 ]
 
 
-def config_for(base: Path, **settings: Any) -> RunConfig:
-    return RunConfig.model_validate({"model": str(base), "data": "rows.jsonl", "dropout": 0.0} | settings)
+def config_for(base: Path, **settings: Any) -> ResolvedConfig:
+    given = {"model": str(base), "data": "rows.jsonl", "dropout": 0.0, "preset": "aggressive_r16_all"} | settings
+    return resolve_config(RunConfig.model_validate(given), Facts())[0]
 
 
 @pytest.fixture

@@ -9,9 +9,8 @@ import pytest
 import safetensors
 
 from loraport.clients import home as home_module
-from loraport.clients.errors import AdapterError, BaseModelError, ConfigError, DataError, ResourceError
+from loraport.clients.errors import AdapterError, BaseModelError, ConfigError, DataError, ResourceError, UsageError
 from loraport.clients.home import Home
-from loraport.train import run
 from loraport.train.adapters import (
     WEIGHTS,
     Adapter,
@@ -24,8 +23,9 @@ from loraport.train.adapters import (
 )
 from loraport.train.base_model import resolve
 from loraport.train.config import RunConfig
+from loraport.train.loop.checkpoints import held, run_folder
 from loraport.train.manifest import Manifest
-from loraport.train.run import read_data, spread, train
+from loraport.train.run import train
 from tests.models import make_tiny_base
 
 
@@ -39,7 +39,8 @@ def write_rows(path: Path, count: int = 12, word: str = "red") -> Path:
 
 
 def configure(base: Path, data: Path, **settings: Any) -> RunConfig:
-    plain = {"model": str(base), "data": data, "name": "colours", "epochs": 1, "batch_size": 4, "learning_rate": 1e-2}
+    plain = {"model": str(base), "data": data, "name": "colours", "preset": "aggressive_r16_all", "epochs": 1}
+    plain |= {"batch_size": 4, "learning_rate": 1e-2}
     return RunConfig.model_validate(plain | settings)
 
 
@@ -57,13 +58,17 @@ def test_the_stored_version_is_whole_and_says_what_it_is(adapter: Adapter, confi
     manifest = Manifest.read(adapter.folder)
     assert manifest == adapter.manifest == open_adapter(home, "colours@v1").manifest
     assert adapter.folder == home.adapters / "colours" / "v1"
-    assert sorted(path.name for path in adapter.folder.iterdir()) == ["adapter_config.json", WEIGHTS, "loraport.json"]
+    files = ["adapter_config.json", WEIGHTS, "loraport.json", "report.html", "report.json"]
+    assert sorted(path.name for path in adapter.folder.iterdir()) == files
+    assert not (home.root / "runs" / "colours").exists()
     # 2 layers, rank 16 on seven linears of the tiny Qwen3: 16 * sum(in + out)
     per_layer = (64 + 64) + 2 * (64 + 32) + (64 + 64) + 2 * (64 + 128) + (128 + 64)
     assert manifest.trainable_parameters == 2 * 16 * per_layer
     assert manifest.max_lora_rank == 16
     assert (manifest.data.rows, manifest.data.eval_rows) == (11, 1)
-    assert manifest.run == config.model_dump(mode="json")
+    given = config.model_dump(mode="json", exclude_none=True)
+    assert {key: manifest.run[key] for key in given} == given
+    assert manifest.run["sequence_length"] == 64 and manifest.run["eval_steps"] == 3  # derived
     assert manifest.golden and set(manifest.metrics) >= {"train_loss", "eval_loss", "tokens_per_second"}
     assert (adapter.folder / WEIGHTS).stat().st_size < 4 * manifest.trainable_parameters + 10_000
 
@@ -117,7 +122,8 @@ def test_a_refused_run_leaves_nothing(
 ) -> None:
     with pytest.raises(error, match=words):
         train(config.model_copy(update=settings), home)
-    assert not list(home.root.rglob("*")) or [p.name for p in home.root.rglob("*")] == ["adapters"]
+    left = {path.relative_to(home.root).parts[0] for path in home.root.rglob("*") if path.is_file()}
+    assert left <= {"cache"}  # the tokens, which the next try uses
 
 
 def test_no_disk_space_is_refused_and_leaves_nothing(
@@ -171,20 +177,40 @@ def test_an_unknown_adapter_lists_the_known(adapter: Adapter, home: Home) -> Non
     assert caught.value.hint == "there is: v1"
 
 
-def test_held_out_rows_are_no_training_rows(config: RunConfig) -> None:
-    training, held_out = read_data(config.model_copy(update={"eval_fraction": 0.25}))
-    assert len(training) == 9 and len(held_out) == 3
-    assert not {row.line for row in training} & {row.line for row in held_out}
-
-
-def test_spread_is_even_and_keeps_order() -> None:
-    assert spread(list(range(10)), 3) == [0, 3, 6]
-    assert spread([1, 2], 3) == [1, 2]
-
-
 def test_the_data_may_change_while_it_trains(config: RunConfig, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "read_data", lambda c: (read_data(c), c.data.unlink())[0])
+    from loraport.train.loop import fit
+
+    own = fit.fit
+    monkeypatch.setattr(fit, "fit", lambda *args, **kwargs: (own(*args, **kwargs), config.data.unlink())[0])
     assert len(train(config, home).manifest.data.sha256) == 64
+
+
+def test_an_unfinished_run_is_not_thrown_away(
+    config: RunConfig, home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fall(*_: Any, **__: Any) -> None:
+        raise ResourceError("the machine fell over.")
+
+    with monkeypatch.context() as patch, pytest.raises(ResourceError):
+        patch.setattr("loraport.train.proof.golden.golden_replies", fall)
+        train(config, home)
+    assert versions(home, "colours") == []
+    with pytest.raises(UsageError, match="was ended behind step 3") as caught:
+        train(config, home)
+    assert "--resume" in caught.value.hint and "--force" in caught.value.hint
+    with pytest.raises(ConfigError, match=r"learning_rate \(0.01 to 0.001\) changed"):
+        train(config.model_copy(update={"learning_rate": 1e-3}), home, resume=True)
+    resumed = train(config, home, resume=True)
+    assert "continuing behind step 3" in capsys.readouterr().err
+    again = train(config, home, force=True)
+    assert (resumed.folder / WEIGHTS).read_bytes() == (again.folder / WEIGHTS).read_bytes()
+    with pytest.raises(UsageError, match="no checkpoint"):
+        train(config.model_copy(update={"name": "other"}), home, resume=True)
+
+
+def test_one_run_at_a_time_for_a_name(config: RunConfig, home: Home) -> None:
+    with held(run_folder(home, "colours")), pytest.raises(ResourceError, match="another process is training colours"):
+        train(config, home)
 
 
 def test_two_trainings_of_one_name_get_two_versions(config: RunConfig, home: Home) -> None:

@@ -68,12 +68,40 @@ def resolve(model: str, revision: str | None = None) -> Base:
 
     Raises BaseModelError when it is missing, gated, incomplete or not in safetensors; ResourceError without disk.
     """
+    folder = local_folder(model)
+    return check_complete(Base(model, folder) if folder else download(model, revision))
+
+
+def local_folder(model: str) -> Path | None:
+    """The folder that `model` names, None for a hub id; BaseModelError for a path where no folder is."""
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return check_complete(Base(model, folder.absolute()))
+        return folder.absolute()
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise BaseModelError(f"there is no model folder {model}.", "check the path, or give a hub id such as org/name")
-    return check_complete(download(model, revision))
+    return None
+
+
+def resolve_tokenizer(model: str, revision: str | None = None) -> Base:
+    """The base that `model` names, as far as rows need it: tokenizer, template and configuration, without weights."""
+    folder = local_folder(model)
+    wanted = tuple(pattern for pattern in WANTED if pattern != "*.safetensors")
+    return Base(model, folder) if folder else download(model, revision, wanted)
+
+
+def fetch_config(model: str, revision: str | None = None) -> dict[str, Any]:
+    """config.json of a folder or a hub id, and nothing else: no weights need to be there, none are fetched.
+
+    Raises BaseModelError as `resolve` does.
+    """
+    folder = local_folder(model) or download(model, revision, ("config.json",)).folder
+    path = folder / "config.json"
+    if not path.is_file():
+        raise BaseModelError(f"{model} has no config.json.", "give a model in transformers' format")
+    config = read_json(path)
+    if not config.get("model_type"):
+        raise BaseModelError(f"{path} names no model_type.", "is this a model's folder?")
+    return config
 
 
 def check_complete(base: Base) -> Base:
@@ -113,7 +141,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def download(model: str, revision: str | None) -> Base:
+def download(model: str, revision: str | None, wanted: tuple[str, ...] = WANTED) -> Base:
     """Fetch a hub's model into its shared cache, or take it from there; progress on standard error.
 
     A hub that is away, or refuses now what it gave before, does not matter while the cache has the model.
@@ -124,11 +152,11 @@ def download(model: str, revision: str | None) -> Base:
     network: tuple[type[Exception], ...] = (OSError, *http_errors("HTTPError"))  # HfHubHTTPError is both
     refusals: tuple[type[Exception], ...] = (hub.HFValidationError, *network)
     try:
-        if not constants.HF_HUB_OFFLINE:
+        if not constants.HF_HUB_OFFLINE and wanted == WANTED:
             with contextlib.suppress(*network):
                 check_download(HfApi().model_info(model, revision=revision, files_metadata=True))
         folder = snapshot_download(
-            model, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
+            model, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(UNWANTED)
         )
     except refusals as error:
         raise explain_download(error, model, revision) from error

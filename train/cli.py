@@ -2,24 +2,25 @@
 
 import inspect
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand
 
 from loraport.clients.errors import AdapterError
 from loraport.clients.home import Home
 from loraport.clients.terminal import console, print_json, program, say
 from loraport.train.adapters import Adapter, adapter_names, open_adapter, versions
-from loraport.train.config import PRESETS, RunConfig, load_config
+from loraport.train.config import RunConfig, explain, load_config, section_of
 from loraport.train.manifest import Manifest
 
 
-def train(config: Path | None, force: bool, json: bool, **flags: Any) -> None:
+def train(config: Path | None, force: bool, resume: bool, json: bool, **flags: Any) -> None:
     """Train a LoRA adapter on rows and prove it."""
     resolved = load_config(config, flags)
     from loraport.train.run import train as run
 
-    trained = run(resolved, Home.default(), force)
+    trained = run(resolved, Home.default(), force, resume)
     if json:
         print_json({"folder": str(trained.folder)} | trained.manifest.model_dump(mode="json", exclude={"golden"}))
     else:
@@ -39,18 +40,30 @@ def report(adapter: Adapter) -> None:
     say(f"next: {program()} serve {manifest.name}")
 
 
+class SectionedCommand(TyperCommand):
+    """A command whose help lists the fields of the run configuration by section, its other options first."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write a section of options after the other."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            name = parameter.name or ""
+            section = section_of(name) if name in RunConfig.model_fields else "Options"
+            record = parameter.get_help_record(ctx)
+            sections.setdefault(section, []).extend([record] if record else [])
+        for section, records in sections.items():
+            with formatter.section(section):
+                formatter.write_dl(records)
+
+
 def flag(name: str) -> inspect.Parameter:
     """The command line flag of a field of the run configuration; not given means None."""
     field = RunConfig.model_fields[name]
-    default = "" if field.is_required() or field.default in (None, ()) else f" [default: {field.default}]"
-    known = f" One of {', '.join(PRESETS)}." if name == "preset" else ""
-    kind = field.annotation if name != "target_modules" else list[str]
+    kind = list[str] if get_origin(field.annotation) is tuple else field.annotation
     dashed = name.replace("_", "-")
     switch = bool in get_args(field.annotation) or field.annotation is bool
     option = typer.Option(
-        f"--{dashed}/--no-{dashed}" if switch else f"--{dashed}",
-        help=f"{field.description}{known}{default}",
-        show_default=False,
+        f"--{dashed}/--no-{dashed}" if switch else f"--{dashed}", help=explain(name), show_default=False
     )
     return inspect.Parameter(
         name,
@@ -61,10 +74,11 @@ def flag(name: str) -> inspect.Parameter:
 
 
 def train_signature() -> inspect.Signature:
-    """--config, --force, --json, and a flag for each field of the run configuration."""
+    """--config, --force, --resume, --json, and a flag for each field of the run configuration."""
     own = {
         "config": (Path | None, None, typer.Option("--config", help="YAML file with the keys below; flags win.")),
-        "force": (bool, False, typer.Option("--force", help="Train even when nothing has changed.")),
+        "force": (bool, False, typer.Option("--force", help="Train in any case, from the beginning.")),
+        "resume": (bool, False, typer.Option("--resume", help="Continue a run that was ended, where it was.")),
         "json": (bool, False, typer.Option("--json", help="Print the result as one JSON document.")),
     }
     parameters = [
@@ -75,6 +89,7 @@ def train_signature() -> inspect.Signature:
 
 
 train.__signature__ = train_signature()  # type: ignore[attr-defined]
+train.command_class = SectionedCommand  # type: ignore[attr-defined]
 train.__annotations__ = {name: p.annotation for name, p in train_signature().parameters.items()}
 
 adapters = typer.Typer(no_args_is_help=True, rich_markup_mode=None)

@@ -1,7 +1,9 @@
 """The run configuration: one typed object for everything a training run depends on.
 
-It comes from a YAML file with flags on top; unknown keys are refused; the resolved form is stored in the adapter's
-manifest. Paths in a file are relative to that file.
+It comes from a YAML file with flags on top; unknown keys are refused. What is not given is derived from data and model
+(train/defaults.py), and that resolved form is stored in the adapter's manifest. Paths in a file are relative to it.
+Field descriptions are the one place where knobs are explained: `loraport train --help`, docs/configuration.md and the
+schema for editors are made from them (train/reference.py).
 
     model: ../reader-9m
     data: train.jsonl
@@ -12,49 +14,27 @@ manifest. Paths in a file are relative to that file.
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from loraport.clients.errors import ConfigError, os_errors
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
-# name: (rank, alpha, target modules). The first four are those of a well-known tutorial series, by its names.
-PRESETS: dict[str, tuple[int, int, tuple[str, ...]]] = {
-    "minimal_r4_qv": (4, 8, ("q_proj", "v_proj")),
-    "standard_r8_qkvo": (8, 16, ATTENTION),
-    "aggressive_r16_all": (16, 32, ALL_LINEAR),
-    "high_capacity_r32_all": (32, 64, ALL_LINEAR),
-}
-DEFAULT_PRESET = "aggressive_r16_all"
+from loraport.clients.rows import looks_like_hub_id
+from loraport.train.presets import ALL_LINEAR, DEFAULT_PRESET, PRESETS
 
 
 class RunConfig(BaseModel):
-    """Everything a training run depends on. Field descriptions are the help text of the flags."""
+    """Everything a training run depends on. A field that is None here is derived: see ResolvedConfig."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(description="Base model: a folder, or an id on the model hub.")
     revision: str | None = Field(None, description="Branch, tag or commit of a model on the hub.")
-    data: Path = Field(description="Rows to train on: JSONL, one object with `messages` a line.")
-    eval_data: Path | None = Field(None, description="Rows to evaluate on; default: a part of the training rows.")
-    eval_fraction: float = Field(0.05, gt=0, lt=0.5, description="That part, where eval_data is not given.")
-    eval_rows: int = Field(200, ge=1, description="Most rows that an evaluation looks at.")
-    name: str = Field("adapter", description="Name of the adapter; a new training is a new version of it.")
-
-    preset: str = Field(DEFAULT_PRESET, description="Rank, alpha and target modules by name.")
-    rank: int = Field(0, ge=0, le=512, description="Rank of the adapter; 0: the preset's.")
-    alpha: int = Field(0, ge=0, description="Scale of the adapter, applied as alpha / rank; 0: the preset's.")
-    rslora: bool = Field(False, description="Apply the scale as alpha / sqrt(rank) instead: for high ranks.")
-    dropout: float = Field(0.05, ge=0, lt=1, description="Dropout before A; 0.1 is already high.")
-    target_modules: tuple[str, ...] = Field((), description="Linear layers that get an adapter; empty: the preset's.")
-
     load: Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"] = Field(
         "auto",
         description="How the base is held: auto is bf16 on a GPU (fp16 on one without it) and fp32 on a CPU; int8 is "
-        "load_in_8bit, nf4 is load_in_4bit with bnb_4bit_quant_type nf4: both need a GPU.",
+        "load_in_8bit, nf4 is load_in_4bit with bnb_4bit_quant_type nf4 (QLoRA): both need a GPU.",
     )
     compute_dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="Type of the arithmetic (bnb_4bit_compute_dtype): bf16 or fp16, one of them."
@@ -62,65 +42,207 @@ class RunConfig(BaseModel):
     double_quant: bool = Field(
         True, description="Quantise the scales of nf4 as well (bnb_4bit_use_double_quant): 0.4 bits a weight less."
     )
+
+    data: Path = Field(
+        description="Rows to train on: a file (JSONL, JSON, Parquet, CSV, text; .gz of them), a folder of such files, "
+        "or a data set on the model hub (org/name, org/name:split)."
+    )
+    eval_data: Path | None = Field(None, description="Rows to evaluate on; default: a part of the training rows.")
+    format: Literal["auto", "chat", "sharegpt", "alpaca", "prompt", "text"] = Field(
+        "auto",
+        description="What a row is: chat (`messages`, `tools`), sharegpt (`conversations`), alpaca (`instruction`, "
+        "`input`, `output`), prompt (`prompt`, `completion`) or text (documents, trained whole). auto: by the keys of "
+        "the first rows of a file.",
+    )
+    eval_fraction: float = Field(0.05, gt=0, lt=0.5, description="That part, where eval_data is not given.")
+    sequence_length: int | None = Field(
+        None, ge=16, description="Longest row in tokens; longer rows are refused. Default: as long as the longest is."
+    )
+
+    name: str = Field("adapter", description="Name of the adapter; a new training is a new version of it.")
+    preset: str = Field(DEFAULT_PRESET, description="Rank, alpha, dropout and target modules by name.")
+    rank: int | None = Field(
+        None, ge=1, le=512, description="Rank of the adapter: its capacity. Default: the preset's, or by the data."
+    )
+    alpha: int | None = Field(
+        None, ge=1, description="Scale of the adapter, applied as alpha / rank. Default: the preset's, often 2 × rank."
+    )
+    rslora: bool = Field(
+        False, description="Apply the scale as alpha / sqrt(rank) instead: for high ranks. Default: the preset's."
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout on the adapter's input; 0.1 is already high. Default: the preset's."
+    )
+    target_modules: tuple[str, ...] = Field(
+        (),
+        description="Linear layers that get an adapter: all-linear, which is every one but the head, or names such as "
+        "q_proj, one for each flag. Default: the preset's.",
+    )
+
+    epochs: float | None = Field(
+        None,
+        gt=0,
+        description="Passes over the rows; too many overfit. Default: 1 for thousands of rows, more for few.",
+    )
+    max_steps: int | None = Field(None, ge=1, description="Steps of the optimiser after which to end, whatever epochs.")
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Rows for each step of the optimiser, on all GPUs together; gradient accumulation follows from it. "
+        "Default: by rows.",
+    )
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Peak learning rate; about ten times that of full fine-tuning. Default: by the model's width.",
+    )
+    scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="Its way down from there.")
+    warmup_ratio: float | None = Field(
+        None, ge=0, lt=1, description="Share of the steps in which it rises from 0. Default: 0.05, at most 20 steps."
+    )
+    warmup_steps: int | None = Field(None, ge=0, description="The same as a number of steps; one of the two.")
+    weight_decay: float = Field(0.0, ge=0, description="Decay of AdamW.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     optimizer: Literal["auto", "adamw", "paged_adamw_8bit"] = Field(
         "auto", description="auto is paged_adamw_8bit where the base is held in int8 or nf4, adamw elsewhere."
     )
+    seed: int = Field(0, description="Of initialisation, order and dropout.")
+
     checkpointing: Literal["auto", "off", "half", "full", "offload"] = Field(
         "auto",
         description="Layers whose activations are computed again in the backward pass instead of kept: slower, less "
         "memory. auto: as few as the memory allows; offload: all, their inputs kept in host memory.",
     )
     gpu_memory: float | None = Field(None, gt=0, description="GiB of GPU memory to stay within; default: what is free.")
-    sequence_length: int = Field(2048, ge=16, description="Longest row in tokens; longer rows are refused.")
-    batch_size: int = Field(16, ge=1, description="Rows for each step of the optimiser, on all GPUs together.")
     micro_batch_tokens: int | None = Field(
         None,
         ge=16,
-        description="Tokens on the device at once; decides about memory, not about the result. Default: what fits.",
+        description="Tokens on the device at once, at least a row; decides about memory, not about the result. "
+        "Default: what fits.",
     )
-    epochs: float = Field(3, gt=0, description="Passes over the rows.")
-    max_steps: int | None = Field(None, ge=1, description="Steps of the optimiser after which to end, whatever epochs.")
-    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
-    scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="Its way down from there.")
-    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which it rises from 0.")
-    warmup_steps: int | None = Field(None, ge=0, description="The same as a number of steps; wins over the share.")
-    weight_decay: float = Field(0.0, ge=0, description="Decay of AdamW.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations; default: once an epoch.")
+
+    eval_rows: int = Field(200, ge=1, description="Most rows that an evaluation looks at.")
+    eval_steps: int | None = Field(
+        None, ge=1, description="Steps between evaluations. Default: each epoch, more often in long ones."
+    )
     save_steps: int | None = Field(None, ge=1, description="Steps between checkpoints; default: at each evaluation.")
     keep_checkpoints: int = Field(3, ge=1, description="Checkpoints kept while the run goes on, the best aside.")
-    seed: int = Field(0, description="Of initialisation, order and dropout.")
+    eval_prompts: int = Field(
+        20, ge=1, description="Held-out prompts that adapter and base answer after training, for scores and samples."
+    )
+    check: str | None = Field(
+        None,
+        description="When such a reply is a success: regex:EXPRESSION is found in it, json-schema:FILE accepts it, or "
+        "python:FILE.py:FUNCTION, called with reply and row, says so. Default: it is the reference.",
+    )
+    require: tuple[str, ...] = Field(
+        (),
+        description="What the result must reach, as 'success>=0.9' or 'stop_rate=1', several times: exit code 4 where "
+        "it does not. Default: nothing.",
+    )
+    track: tuple[Literal["mlflow", "wandb", "tensorboard"], ...] = Field(
+        (),
+        description="Also record the run with mlflow, wandb or tensorboard, on this machine unless their own variables "
+        "name a server. Default: none.",
+    )
 
     @model_validator(mode="before")
     @classmethod
     def fill_from_preset(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Rank, alpha and targets that are not given come from the preset."""
-        preset = values.get("preset", DEFAULT_PRESET)
-        if not isinstance(preset, str) or preset not in PRESETS:
-            raise ValueError(f"preset {preset!r} is not known; there are {', '.join(PRESETS)}")
-        rank, alpha, targets = PRESETS[preset]
+        """What the adapter is like and is not given comes from the preset; alpha follows a rank of one's own."""
+        name = values.get("preset", DEFAULT_PRESET)
+        if not isinstance(name, str) or name not in PRESETS:
+            raise ValueError(f"preset {name!r} is not known; there are {', '.join(PRESETS)}")
+        preset = PRESETS[name]
         filled = dict(values)
-        filled["rank"] = values.get("rank") or rank
-        if isinstance(filled["rank"], int):  # anything else is refused by its type
-            filled["alpha"] = values.get("alpha") or alpha * filled["rank"] // rank
-        filled["target_modules"] = tuple(values.get("target_modules") or targets)
+        for field in ("rank", "dropout", "rslora", "target_modules"):
+            if filled.get(field) in (None, (), []):
+                filled[field] = getattr(preset, field)
+        if isinstance(filled["rank"], int) and filled.get("alpha") is None:  # another type is refused as such
+            filled["alpha"] = preset.alpha_for(filled["rank"], filled["rslora"] is True)
         return filled
+
+    @model_validator(mode="after")
+    def check_together(self) -> Self:
+        """Refuse settings that contradict each other, by the names of their flags."""
+        pair = {self.load, self.compute_dtype}
+        if pair == {"bf16", "fp16"}:
+            raise ValueError(f"--load {self.load} and --compute-dtype {self.compute_dtype}: bf16 or fp16, one of them")
+        if ALL_LINEAR in self.target_modules and len(self.target_modules) > 1:
+            raise ValueError(f"--target-modules {ALL_LINEAR} stands alone: it is all of them")
+        if self.warmup_ratio is not None and self.warmup_steps is not None:
+            raise ValueError("--warmup-ratio and --warmup-steps: one of them")
+        if self.eval_data and self.eval_fraction != RunConfig.model_fields["eval_fraction"].default:
+            raise ValueError("--eval-data and --eval-fraction: one of them")
+        if self.save_steps and self.eval_steps and self.save_steps % self.eval_steps:
+            raise ValueError(
+                f"--save-steps {self.save_steps} must be a multiple of --eval-steps {self.eval_steps}: a checkpoint "
+                f"is kept by its evaluation"
+            )
+        return self
+
+    def fingerprint(self, data_sha256: str, inputs: dict[str, str]) -> str:
+        """Hash of all that decides the result: settings, data, and `inputs` such as the base; not where they lie.
+
+        Of the configuration as given, before it is resolved: what is derived follows from data and base, which are
+        in the hash, so that "nothing to do" is known before a row is read. Whoever changes a rule in
+        train/defaults.py raises RECIPE in train/run.py.
+        """
+        settings = self.model_dump(mode="json", exclude=PLACES | {"name"} | MEMORY_ONLY | REPORTED)
+        text = json.dumps([settings, data_sha256, inputs], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class ResolvedConfig(RunConfig):
+    """A run configuration in which all that decides the result is a value. Made by train/defaults.py."""
+
+    sequence_length: int
+    rank: int
+    alpha: int
+    epochs: float
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    eval_steps: int
+    save_steps: int
 
     @property
     def max_lora_rank(self) -> int:
         """The smallest --max-lora-rank that vLLM accepts and that holds this rank."""
         return next(allowed for allowed in VLLM_RANKS if allowed >= self.rank)
 
-    def fingerprint(self, data_sha256: str, inputs: dict[str, str]) -> str:
-        """Hash of all that decides the result: settings, data, and `inputs` such as the base; not where they lie."""
-        settings = self.model_dump(mode="json", exclude=PLACES | {"name"} | MEMORY_ONLY)
-        text = json.dumps([settings, data_sha256, inputs], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
 
-
+# The first field of each section; the fields between two of them belong to the former.
+SECTIONS = {
+    "model": "Base",
+    "data": "Data",
+    "name": "Adapter",
+    "epochs": "Optimisation",
+    "checkpointing": "Memory (the result is the same)",
+    "eval_rows": "Evaluation and checkpoints",
+    "eval_prompts": "Proof and tracking",
+}
 PLACES = {"model", "revision", "data", "eval_data"}  # where things lie: their content is hashed instead
+REPORTED = {"require", "track"}  # what is said of the result, and where
 MEMORY_ONLY = {"checkpointing", "gpu_memory", "micro_batch_tokens", "keep_checkpoints"}  # the result is the same
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's --max-lora-rank choices, 0.25 to 0.32
+
+
+def section_of(name: str) -> str:
+    """The section that a field of the run configuration belongs to."""
+    before = list(RunConfig.model_fields)[: list(RunConfig.model_fields).index(name) + 1]
+    return next(SECTIONS[field] for field in reversed(before) if field in SECTIONS)
+
+
+def explain(name: str) -> str:
+    """What a field means, its default and, of the preset, its choices: the words of --help and of the docs."""
+    field = RunConfig.model_fields[name]
+    words = field.description or ""
+    if name == "preset":
+        words += " " + "; ".join(f"{preset}: {PRESETS[preset].meaning}" for preset in PRESETS) + "."
+    if field.is_required() or field.default is None or "efault:" in words:
+        return words
+    return f"{words} [default: {str(field.default).lower() if isinstance(field.default, bool) else field.default}]"
 
 
 def load_config(path: Path | None, flags: dict[str, Any]) -> RunConfig:
@@ -154,9 +276,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} must hold keys and values.", "see examples/demo/train.yaml")
     for key in ("data", "eval_data", "model"):
         value = values.get(key)
-        if isinstance(value, str) and (key != "model" or value.startswith(".")):
+        if isinstance(value, str) and (value.startswith(".") if key == "model" else is_path(value, path.parent)):
             values[key] = str((path.parent / value).resolve())
+    kind, _, file = str(values.get("check") or "").partition(":")
+    if kind in ("json-schema", "python") and file:
+        values["check"] = f"{kind}:{(path.parent / file).resolve()}"
     return values
+
+
+def is_path(data: str, folder: Path) -> bool:
+    """Whether `data` is a path, seen from `folder`, and no data set on the hub."""
+    return (folder / data).exists() or not looks_like_hub_id(data)
 
 
 def explain_invalid(error: ValidationError, where: str) -> ConfigError:

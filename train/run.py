@@ -1,142 +1,282 @@
-"""A training run from top to bottom: base, rows, tokens, LoRA, loop, proof, and a new version in the home.
+"""A training run from top to bottom: base, rows, plan, LoRA, loop, proof, and a new version in the home.
 
-Nothing is left behind by a run that fails: the version appears by one rename, when everything in it is written.
+The version appears by one rename, when everything in it is written. A run that ends early leaves its checkpoints,
+from which `resume` continues, and no version.
 
     >>> train(load_config(Path("examples/demo/train.yaml"), {}), Home.default()).manifest.version
     'v1'
 """
 
-import hashlib
+import math
+import os
+import sys
 import time
+from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from loraport.clients.errors import ConfigError, Refused, ResourceError, os_errors
+from loraport.clients.errors import Refused, ResourceError, UsageError, os_errors
 from loraport.clients.home import Home, require_disk
-from loraport.clients.rows import Row, read_rows
+from loraport.clients.rows import Message, Row
 from loraport.clients.terminal import say
+from loraport.train import defaults
 from loraport.train.adapters import WEIGHTS, Adapter, PartialVersion, check_name, find_same, publish
-from loraport.train.base_model import identify, reply_settings_sha256, resolve
-from loraport.train.config import RunConfig
-from loraport.train.data.tokens import Encoder, Example, encode_rows
-from loraport.train.loop.lora import Device, choose_types, count_trainable, load_lora
-from loraport.train.manifest import BaseIdentity, DataCounts, Golden, Manifest
+from loraport.train.base_model import Base, identify, reply_settings_sha256, resolve
+from loraport.train.config import MEMORY_ONLY, PLACES, REPORTED, ResolvedConfig, RunConfig
+from loraport.train.data.dataset import Data, find_data, tokenise
+from loraport.train.data.split import spread
+from loraport.train.data.tokens import Encoder
+from loraport.train.loop.checkpoints import clear, held, newest, run_folder, step_of, whole
+from loraport.train.loop.settings import Settings
+from loraport.train.manifest import BaseIdentity, Golden, Manifest
+from loraport.train.proof.check import Check, load_check, try_check
+from loraport.train.proof.gate import Requirement, check_requirements, find_unmet, parse_requirements
+from loraport.train.weights import read_safetensors_shapes
 
 # Part of the fingerprint: raised when the same inputs would now give another adapter.
-RECIPE = 1
-PROVED_ROWS, SAMPLES_SHOWN = 16, 3
+RECIPE = 2
+GOLDEN_PROMPTS = 16
+HELD_OUT = 200  # rows whose text is kept in memory for what comes after the training
+FALLBACK_PROMPT = [{"role": "user", "content": "Hello."}]  # where the rows are documents, which ask nothing
 SPARE_DISK = 16 * 2**20
 
 
-def train(config: RunConfig, home: Home, force: bool = False) -> Adapter:
+def train(config: RunConfig, home: Home, force: bool = False, resume: bool = False) -> Adapter:
     """Train as `config` says and return the stored version; the newest one when it is of the same inputs.
 
-    Raises UsageError or ConfigError for wrong settings, DataError, BaseModelError or ResourceError for what cannot
-    be trained here, Refused for a run that diverged; none of them leaves a file.
+    `force` trains in any case and from the beginning, `resume` continues a run that was ended. Raises UsageError or
+    ConfigError for wrong settings, DataError, BaseModelError or ResourceError for what cannot be trained here, Refused
+    for a run that diverged: none of them leaves a version. Shortfall when the stored version misses a requirement.
     """
     check_name(config.name)
-    data_sha256 = hash_data(config)
-    rows, eval_rows = read_data(config)
+    requirements = parse_requirements(config.require)
+    check = load_check(config.check) if config.check else None
+    found = find_data(config)
     base = resolve(config.model, config.revision)
     identity = identify(base)
     inputs = identity.hashes | {"replies": reply_settings_sha256(base), "recipe": str(RECIPE)}
-    fingerprint = config.fingerprint(data_sha256, inputs)
+    fingerprint = config.fingerprint(found.both_sha256, inputs)
     existing = None if force else find_same(home, config.name, fingerprint)
     if existing:
         say(f"{config.name} {existing.manifest.version} is up to date: same rows, settings and base.")
+        judge(existing, requirements)
         return existing
 
-    from loraport.train.loop.trainer import run_trainer
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read when torch first allocates
+    from loraport.train.loop.progress import Phases
 
-    started = time.monotonic()
-    say(f"base {base.model} ({base.weight_bytes / 2**20:,.0f} MiB), {len(rows)} rows, {len(eval_rows)} held out")
-    encoder = Encoder.load(base.folder)
-    examples = encode_rows(encoder, rows, config.sequence_length, config.data)
-    eval_examples = encode_rows(encoder, eval_rows, config.sequence_length, config.eval_data or config.data)
-    say_untrained([*examples, *eval_examples])
-    with PartialVersion(home, config.name) as folder:
-        model = load_lora(base, config)
-        require_disk(folder, 4 * count_trainable(model) + SPARE_DISK, f"the adapter {config.name}")
-        metrics = run_trainer(model, encoder, examples, eval_examples, config, folder)
-        golden, proof = prove(model, encoder, eval_rows)
-        save_weights(model, folder)
-        metrics |= proof | {"seconds": round(time.monotonic() - started, 1)}
-        counts = count(config, data_sha256, examples, eval_examples)
-        manifest = describe(config, identity, fingerprint, model, encoder, folder, counts, metrics, golden)
-        return publish(home, folder, manifest)
-
-
-def read_data(config: RunConfig) -> tuple[list[Row], list[Row]]:
-    """Training and evaluation rows; without a file of the latter, every n-th training row is held out."""
-    rows = read_rows(config.data)
-    if config.eval_data:
-        return rows, spread(read_rows(config.eval_data), config.eval_rows)
-    wanted = min(config.eval_rows, max(1, round(len(rows) * config.eval_fraction)))
-    held_out = {row.line for row in spread(rows, wanted)}
-    training = [row for row in rows if row.line not in held_out]
-    if not training:
-        raise ConfigError(f"{config.data} has only {len(rows)} row.", "add rows, or give --eval-data")
-    return training, [row for row in rows if row.line in held_out]
+    phases = Phases()
+    with phases("reading and tokenising rows"):
+        facts = defaults.Facts.of_base(base.config)
+        limit = config.sequence_length or facts.max_positions or sys.maxsize
+        data = tokenise(found, config, Encoder.load(base.folder), home, limit)
+    resolved, choices = defaults.resolve(config, data.add_to(facts))
+    say_inputs(base, data, choices)
+    held_out = data.eval_rows.rows(spread(len(data.eval_rows), HELD_OUT).tolist())  # now: the file may change meanwhile
+    if check:
+        try_references(check, held_out)
+    settings = choose_settings(resolved, base, data)
+    runs = run_folder(home, config.name)
+    sealed = seal_of(resolved, found.both_sha256, inputs)
+    job = Job(resolved, base, identity, fingerprint, data, held_out, settings, choices, check, requirements)
+    with held(runs):
+        checkpoint = choose_checkpoint(runs, sealed, force, resume)
+        adapter = run_job(job, home, phases, runs, sealed, checkpoint)
+    judge(adapter, requirements)
+    return adapter
 
 
-def spread(items: list[Any], most: int) -> list[Any]:
-    """At most `most` items, evenly spaced."""
-    return [items[index * len(items) // most] for index in range(most)] if len(items) > most else items
+@dataclass(frozen=True)
+class Job:
+    """A training run when everything about it is known and nothing heavy has happened."""
+
+    config: ResolvedConfig
+    base: Base
+    identity: BaseIdentity
+    fingerprint: str
+    data: Data
+    held_out: list[Row]
+    settings: Settings
+    choices: list[defaults.Choice]
+    check: Check | None
+    requirements: list[Requirement]
 
 
-def hash_data(config: RunConfig) -> str:
-    """SHA-256 over the bytes of the data files; a missing one is left to `read_rows`, which says it better."""
-    digest = hashlib.sha256()
-    for path in (config.data, config.eval_data):
-        with os_errors("reading", path or config.data):
-            digest.update(hashlib.sha256(path.read_bytes() if path and path.is_file() else b"").digest())
-    return digest.hexdigest()
+def run_job(job: Job, home: Home, phases: Any, runs: Path, sealed: dict[str, Any], checkpoint: Path | None) -> Adapter:
+    """Load, train, prove and store."""
+    from loraport.train.loop.fit import fit
+    from loraport.train.loop.lora import count_trainable, load_lora
+    from loraport.train.loop.progress import ProgressCallback
+    from loraport.train.loop.tracking import Tracking, check_trackers
+
+    config, started = job.config, time.monotonic()
+    check_trackers(config.track)
+    with ExitStack() as stack:
+        tracking = stack.enter_context(Tracking(config.track, home, config.name, config.model_dump(mode="json")))
+        folder = stack.enter_context(PartialVersion(home, config.name))
+        with phases("loading the base"):
+            model = load_lora(job.base, config)
+            require_disk(folder, 4 * count_trainable(model) + SPARE_DISK, f"the adapter {config.name}")
+        progress = ProgressCallback()
+        stack.callback(progress.close)
+        with phases("training", bar=False):
+            outcome = fit(
+                model,
+                job.data.rows,
+                job.data.eval_rows,
+                config,
+                job.settings,
+                runs,
+                sealed,
+                resume=checkpoint,
+                callbacks=(progress,),
+                report_to=tracking.report_to,
+            )
+        adapter = store(job, model, outcome, home, folder, phases, started)
+        clear(runs)
+        tracking.finish(adapter.folder, adapter.manifest.metrics)
+        return adapter
 
 
-def say_untrained(examples: list[Example]) -> None:
-    """Say how many assistant turns carry no loss, if any."""
-    turns = sum(example.untrained_turns for example in examples)
-    if turns:
+def store(job: Job, model: Any, outcome: Any, home: Home, folder: Path, phases: Any, started: float) -> Adapter:
+    """Prove what was trained, write it into `folder` with its report, and publish it."""
+    from loraport.train.proof.golden import golden_replies
+    from loraport.train.proof.report import describe_run, write_report
+    from loraport.train.proof.summary import say_comparison, say_verdicts
+    from loraport.train.proof.verdict import judge_curves, judge_replies
+
+    with phases("golden replies"):
+        golden = golden_replies(model, job.data.encoder, short_prompts(job.data.encoder, job.held_out))
+    compared = compare_with_base(job, model, phases)
+    save_weights(model, folder)
+    verdicts = judge_curves(outcome.history)
+    metrics = outcome.metrics | {"seconds": round(time.monotonic() - started, 1)}
+    if compared:
+        metrics |= compared.metrics()
+        say_comparison(job.config.name, compared)
+        verdicts += judge_replies(compared.adapter, compared.base, [sample.adapter for sample in compared.samples])
+    say_verdicts(verdicts)
+    if job.requirements:
+        metrics["requirements_failed"] = len(find_unmet(job.requirements, metrics))
+    manifest = describe(job, model, folder, metrics, golden)
+    write_report(
+        folder,
+        describe_run(manifest, outcome.history, compared, verdicts, job.requirements, job.choices, phases.seconds),
+    )
+    return publish(home, folder, manifest)
+
+
+def judge(adapter: Adapter, requirements: list[Requirement]) -> None:
+    """Shortfall when a stored version misses a requirement."""
+    manifest = adapter.manifest
+    check_requirements(requirements, manifest.metrics, f"{manifest.name} {manifest.version}", str(adapter.folder))
+
+
+def say_inputs(base: Base, data: Data, choices: list[defaults.Choice]) -> None:
+    """What is trained on what, with which derived settings, and what is doubtful about the rows."""
+    from loraport.train.data.quick import quick_check, say_warnings
+
+    say(
+        f"base {base.model} ({base.weight_bytes / 2**20:,.0f} MiB), {len(data.rows):,} rows, "
+        f"{len(data.eval_rows):,} held out, {int(data.rows.trained.sum()):,} tokens to learn"
+    )
+    for note in data.notes:
+        say(f"note: {note}", "yellow")
+    say_warnings(quick_check(data.rows, data.eval_rows, data.encoder))
+    defaults.say_choices(choices)
+
+
+def try_references(check: Check, held_out: list[Row]) -> None:
+    """Say when the user's check refuses what the rows teach."""
+    rows = [row for row in held_out if row.text is None]
+    refused = try_check(check, [(row.reference, {"messages": row.messages}) for row in rows])
+    if refused:
         say(
-            f"note: {turns} assistant turns before the last of their row carry no loss: the chat template renders "
-            f"them differently once others follow. Split those rows to train on each.",
+            f"warning: the check refuses {len(refused)} of {len(rows)} replies that the rows teach, such as "
+            f"{refused[0][:80]!r}: it cannot be met on them",
             "yellow",
         )
 
 
-def prove(model: Any, encoder: Encoder, eval_rows: list[Row]) -> tuple[list[Golden], dict[str, float]]:
-    """Golden replies, and how many of a sample of held-out rows the adapter answers and ends by itself."""
-    from loraport.train.proof.golden import LONGEST_PROMPT, golden_replies, greedy_reply
+def choose_settings(config: ResolvedConfig, base: Base, data: Data) -> Settings:
+    """How the run uses the memory here; ResourceError that says what would fit when nothing does."""
+    from loraport.train.memory.machine import machine_for_run
+    from loraport.train.memory.plan import plan, require_fit
+    from loraport.train.memory.shapes import read_shape
 
-    sample = spread(eval_rows, PROVED_ROWS)
-    prompts = [encoder.prompt(row.prompt) for row in sample]
-    by_length = sorted(zip(prompts, sample, strict=True), key=lambda pair: len(pair[0]))
-    short = [row.prompt for prompt, row in by_length if len(prompt) <= LONGEST_PROMPT] or [by_length[0][1].prompt]
-    golden = golden_replies(model, encoder, short)
-    same = stopped = 0
-    for number, (prompt, row) in enumerate(zip(prompts, sample, strict=True)):
-        longest = 32 + 2 * len(encoder.tokenizer(row.reference)["input_ids"])
-        reply = greedy_reply(model, encoder, prompt, longest)
-        same, stopped = same + (reply.text.strip() == row.reference.strip()), stopped + reply.stopped
-        if number < SAMPLES_SHOWN:
-            ending = "" if reply.stopped else " (never stops)"
-            say(f"  reply {reply.text!r}{ending}  wanted {row.reference!r}", "dim")
-    say(f"{same} of {len(sample)} sampled held-out replies are as wanted, {stopped} stop by themselves")
-    if stopped < len(sample):
-        say(
-            "warning: not every reply stops by itself: train longer (--epochs, --learning-rate) or on more rows",
-            "yellow",
+    longest = max(int(data.rows.lengths.max()), int(data.eval_rows.lengths.max()))
+    made = plan(config, read_shape(base.config, base.model), machine_for_run(config.gpu_memory), longest)
+    require_fit(made)
+    defaults.say_choices(made.choices)
+    return Settings(made.settings.micro_batch_tokens, made.settings.checkpointed_layers, made.settings.offload)
+
+
+def seal_of(config: ResolvedConfig, data_sha256: str, inputs: dict[str, str]) -> dict[str, Any]:
+    """What a checkpoint must have in common with the run that continues from it."""
+    settings = config.model_dump(mode="json", exclude=PLACES | {"name"} | MEMORY_ONLY | REPORTED)
+    return {"settings": settings, "the rows": data_sha256, "the base": inputs}
+
+
+def choose_checkpoint(runs: Path, sealed: dict[str, Any], force: bool, resume: bool) -> Path | None:
+    """The checkpoint to continue from, if any.
+
+    UsageError when there is one and nobody said what to do with it: hours of work should not go without a word.
+    """
+    if resume:
+        checkpoint = newest(runs, sealed)
+        if checkpoint is None:
+            raise UsageError(f"there is no checkpoint in {runs} to continue from.", "start without --resume")
+        say(f"continuing behind step {step_of(checkpoint)}")
+        return checkpoint
+    unfinished = whole(runs)
+    if unfinished and not force:
+        raise UsageError(
+            f"a run of this name was ended behind step {step_of(unfinished[-1])}, and its checkpoint is in {runs}.",
+            "continue it with --resume, or begin anew with --force",
         )
-    return golden, {"sample_success": same / len(sample), "sample_stop_rate": stopped / len(sample)}
+    clear(runs)
+    return None
+
+
+def short_prompts(encoder: Encoder, held_out: list[Row]) -> list[list[Message]]:
+    """Held-out conversations for the golden replies: text alone, short enough that replaying them costs nothing."""
+    from loraport.train.proof.golden import LONGEST_PROMPT
+
+    # As a client asks that says nothing about thinking: rows of the other mode have other prompts.
+    rows = [row for row in held_out if row.text is None and not row.tools]
+    rows = [row for row in rows if encoder.prompt_of(row) == encoder.prompt(row.prompt)]
+    plain = [row.prompt for row in rows if all(set(message) <= {"role", "content"} for message in row.prompt)]
+    by_length = sorted(((len(encoder.prompt(prompt)), prompt) for prompt in plain), key=lambda pair: pair[0])
+    short = [prompt for length, prompt in by_length if length <= LONGEST_PROMPT] or [
+        prompt for _, prompt in by_length[:1]
+    ]
+    return [short[index] for index in spread(len(short), GOLDEN_PROMPTS)] if short else [FALLBACK_PROMPT]
+
+
+def compare_with_base(job: Job, model: Any, phases: Any) -> Any:
+    """Adapter and base on held-out prompts; None where the rows are documents, which ask nothing."""
+    from loraport.train.proof.evaluate import compare, hold_out
+
+    picked = spread(len(job.held_out), job.config.eval_prompts)
+    asked = hold_out(job.data.encoder, [job.held_out[index] for index in picked])
+    if not asked:
+        return None
+    with phases("answering held-out prompts", total=2 * len(asked)) as phase:
+        return compare(model, job.data.encoder, asked, job.check, phase.advance)
 
 
 def save_weights(model: Any, folder: Path) -> None:
-    """Write PEFT's two files, and nothing of the base; Refused when a weight is not finite."""
+    """Write PEFT's two files, and nothing of the base.
+
+    Refused when a weight is not finite, or when the file holds more or less than the adapter.
+    """
     from safetensors import SafetensorError
 
-    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters() if parameter.requires_grad):
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not all(bool(parameter.isfinite().all()) for parameter in trained):
         raise Refused("the adapter's weights are not finite.", "lower --learning-rate; nothing was stored")
     with os_errors("writing", folder):
         try:
@@ -144,48 +284,36 @@ def save_weights(model: Any, folder: Path) -> None:
         except SafetensorError as error:
             raise ResourceError(f"the adapter could not be written: {error}.", "is the disk full?") from error
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    shapes = read_safetensors_shapes(folder / WEIGHTS, Refused)
+    held, wanted = sum(math.prod(shape) for shape in shapes.values()), sum(each.numel() for each in trained)
+    if held != wanted:
+        raise Refused(
+            f"the adapter's file holds {held:,} parameters instead of {wanted:,}.",
+            "this is a bug of Loraport or of PEFT: nothing was stored",
+        )
 
 
-def count(config: RunConfig, sha256: str, examples: list[Example], eval_examples: list[Example]) -> DataCounts:
-    """What was trained on, for the manifest."""
-    return DataCounts(
-        files=[str(path) for path in (config.data, config.eval_data) if path],
-        sha256=sha256,
-        rows=len(examples),
-        tokens=sum(len(example.input_ids) for example in examples),
-        trained_tokens=sum(example.trained_tokens for example in examples),
-        eval_rows=len(eval_examples),
-    )
-
-
-def describe(
-    config: RunConfig,
-    identity: BaseIdentity,
-    fingerprint: str,
-    model: Any,
-    encoder: Encoder,
-    folder: Path,
-    counts: DataCounts,
-    metrics: dict[str, float],
-    golden: list[Golden],
-) -> Manifest:
+def describe(job: Job, model: Any, folder: Path, metrics: dict[str, float], golden: list[Golden]) -> Manifest:
     """The manifest of the adapter in `folder`; its version is given when it is published."""
+    from loraport.train.loop.lora import Device, choose_types, count_trainable
+
+    config = job.config
     return Manifest(
         name=config.name,
         version="",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        fingerprint=fingerprint,
-        base=identity,
+        fingerprint=job.fingerprint,
+        base=job.identity,
         base_dtype=choose_types(config, Device.here()).held,
         rank=config.rank,
         alpha=config.alpha,
-        target_modules=sorted(config.target_modules),
+        target_modules=sorted(model.peft_config["default"].target_modules),
         trainable_parameters=count_trainable(model),
         adapter_bytes=(folder / WEIGHTS).stat().st_size,
         max_lora_rank=config.max_lora_rank,
-        stop_tokens=sorted(encoder.stop_tokens),
-        chat_template_kwargs=encoder.template_kwargs,
-        data=counts,
+        stop_tokens=sorted(job.data.encoder.stop_tokens),
+        chat_template_kwargs=job.data.encoder.template_kwargs,
+        data=job.data.counts(),
         run=config.model_dump(mode="json"),
         metrics=metrics,
         versions={name: installed(name) for name in ("loraport", "torch", "transformers", "peft")},

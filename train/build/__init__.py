@@ -1,1 +1,1 @@
-"""Documents into chat rows: read, split at structure, ask and answer, check, split by document."""
+"""Documents into rows: read, split at structure, ask and answer, check, split without leaks."""

@@ -8,10 +8,9 @@ from typing import Any
 
 from loraport.clients.errors import BaseModelError, ConfigError, ResourceError
 from loraport.train.base_model import Base
-from loraport.train.config import RunConfig
+from loraport.train.config import ResolvedConfig, RunConfig
 from loraport.train.data.tokens import first_line
-
-LARGE_MODEL = 1_000_000_000  # parameters from which activations, not weights, decide about memory
+from loraport.train.presets import ALL_LINEAR
 
 
 @dataclass(frozen=True)
@@ -58,24 +57,27 @@ def choose_types(config: RunConfig, device: Device) -> Types:
     return Types(held, computed or held)
 
 
-def load_lora(base: Base, config: RunConfig) -> Any:
+def load_lora(base: Base, config: ResolvedConfig) -> Any:
     """The frozen base with fresh LoRA layers on its target modules, as a PeftModel.
 
     Raises BaseModelError for an architecture that transformers does not know, ConfigError for targets that the base
     does not have, ResourceError when the memory does not hold it.
     """
-    from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
     quiet_transformers()
     set_seed(config.seed)
-    model = load_base(base, choose_types(config, Device.here()))
-    check_targets(base, config, model)
+    model = load_base(base, choose_types(config, Device.here()), config.double_quant)
+    return with_lora(model, config, resolve_targets(base, config, model))
+
+
+def with_lora(model: Any, config: ResolvedConfig, targets: list[str]) -> Any:
+    """A loaded base, frozen, with fresh LoRA layers on the linears called `targets`, as a PeftModel."""
+    from peft import LoraConfig, get_peft_model
+
     model.config.use_cache = False
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    if use_checkpointing(config, model):
-        model.enable_input_require_grads()
     return get_peft_model(
         model,
         LoraConfig(
@@ -83,13 +85,13 @@ def load_lora(base: Base, config: RunConfig) -> Any:
             r=config.rank,
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
-            target_modules=list(config.target_modules),
+            target_modules=targets,
             use_rslora=config.rslora,
         ),
     )
 
 
-def load_base(base: Base, types: Types) -> Any:
+def load_base(base: Base, types: Types, double_quant: bool) -> Any:
     """The base's weights on the first GPU or in memory."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -100,9 +102,11 @@ def load_base(base: Base, types: Types) -> Any:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
+            bnb_4bit_use_double_quant=double_quant,
             bnb_4bit_compute_dtype=computed,
         )
+    elif types.held == "int8":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     try:
         return AutoModelForCausalLM.from_pretrained(
             base.folder, dtype=computed, attn_implementation="sdpa", trust_remote_code=False, **options
@@ -127,8 +131,8 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def check_targets(base: Base, config: RunConfig, model: Any) -> None:
-    """ConfigError unless each target module is the name of linear layers of the base, its head aside."""
+def resolve_targets(base: Base, config: RunConfig, model: Any) -> list[str]:
+    """Names of the linear layers that get an adapter; ConfigError when the base, its head aside, has none so called."""
     import torch
 
     head = model.get_output_embeddings()
@@ -137,24 +141,17 @@ def check_targets(base: Base, config: RunConfig, model: Any) -> None:
         for path, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     }
+    if not linears:
+        raise BaseModelError(f"{base.model} has no linear layers that an adapter may go onto.", "choose another base")
+    if config.target_modules == (ALL_LINEAR,):
+        return sorted(linears)
     missing = [name for name in config.target_modules if name not in linears]
     if missing:
         raise ConfigError(
             f"{base.model} has no linear layers called {', '.join(missing)} that an adapter may go onto.",
-            f"choose --target-modules among: {', '.join(sorted(linears))}",
+            f"choose --target-modules {ALL_LINEAR}, or among: {', '.join(sorted(linears))}",
         )
-
-
-def use_checkpointing(config: RunConfig, model: Any) -> bool:
-    """As configured, else for models whose activations would not fit."""
-    if config.checkpointing == "auto":
-        return base_parameters(model) >= LARGE_MODEL
-    return config.checkpointing != "off"
-
-
-def base_parameters(model: Any) -> int:
-    """Number of parameters without those of an adapter, 4-bit ones counted in full."""
-    return int(model.num_parameters()) - count_trainable(model)
+    return list(config.target_modules)
 
 
 def count_trainable(model: Any) -> int:

@@ -1,12 +1,28 @@
-"""Progress of a training run on standard error: a bar on a terminal, a line every tenth of the way elsewhere."""
+"""What a training run is doing, on standard error: phases with their times, a bar on a terminal, lines elsewhere.
+
+    phases = Phases()
+    with phases("tokenising", total=len(rows)) as phase:     # a bar, or where there is no total a spinner
+        for row in rows:
+            phase.advance()
+        phase.note = "124,198 tokens"                        # stands in the line that remains:
+                                                             #   tokenising: 124,198 tokens, 3.4 s
+    phases.seconds                                           # {"tokenising": 3.4}, for the report
+
+Where standard error is no terminal, each step of the training is one line, and nothing is overwritten.
+"""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from transformers import TrainerCallback
 
 from loraport.clients.terminal import console, say
+
+MANY_STEPS = 200  # from here on the line of a step leaves out what hardly changes
+WORTH_A_LINE = 0.1  # seconds
 
 
 def clock(seconds: float) -> str:
@@ -16,13 +32,76 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-class ProgressCallback(TrainerCallback):  # type: ignore[misc]
-    """Shows step, loss, tokens/s and time left. Bind it to its trainer, whose `tokens_seen` it reads."""
+def took(seconds: float) -> str:
+    """`3.4 s`, from two minutes on as a clock shows it."""
+    return f"{seconds:.1f} s" if seconds < 120 else clock(seconds)
+
+
+def memory_gib() -> float:
+    """Most GPU memory that was ever allocated at once, in GiB; without a GPU what this process holds now."""
+    import torch
+
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated()) / 2**30
+    import psutil
+
+    return float(psutil.Process().memory_info().rss) / 2**30
+
+
+class Phase:
+    """One part of a run while it lasts. `note` stands in the line that remains of it."""
+
+    def __init__(self, bar: Progress | None, task: TaskID | None) -> None:
+        self.note = ""
+        self._bar, self._task = bar, task
+
+    def advance(self, count: int = 1) -> None:
+        """Move the bar by `count`."""
+        if self._bar and self._task is not None:
+            self._bar.advance(self._task, count)
+
+
+class Phases:
+    """The parts of a run, one after the other, and how long each took (`seconds`, by name)."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str, total: int | None = None, bar: bool = True) -> Iterator[Phase]:
+        """Show `name` while the block runs; `bar` False where the block shows something of its own."""
+        started = time.monotonic()
+        live = phase_bar(total) if bar and console.is_terminal else None
+        phase = Phase(live, live.add_task(name, total=total) if live else None)
+        try:
+            if live:
+                live.start()
+            yield phase
+        finally:
+            if live:
+                live.stop()
+            spent = time.monotonic() - started
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 2)
+        if spent >= WORTH_A_LINE or phase.note:
+            say(f"  {name}: {phase.note + ', ' if phase.note else ''}{took(spent)}", "dim")
+
+
+def phase_bar(total: int | None) -> Progress:
+    """A bar with a count where there is a total, a spinner elsewhere; gone when it is stopped."""
+    counted = (BarColumn(24), MofNCompleteColumn()) if total else ()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), *counted, TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+class ProgressCallback(TrainerCallback):
+    """Shows step, loss, tokens/s, memory and time left. Bind it to its `trainer`, whose `tokens_seen` it reads."""
 
     def __init__(self) -> None:
         self.trainer: Any = None
-        self.losses: dict[str, float] = {}
-        self.started = 0.0
+        self.started = self.step_began = self.in_steps = 0.0
+        self.first_step = 0
+        self.losses: list[float] = []  # since the last evaluation
+        self.best = float("inf")
         columns = (
             TextColumn("{task.description}"),
             BarColumn(24),
@@ -31,38 +110,78 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
         )
         self.bar = Progress(*columns, console=console, transient=True)
         self.task: TaskID | None = None
+        self.evaluation: TaskID | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock and the bar."""
-        self.started = time.monotonic()
-        if console.is_terminal:
+        """Start the clock and the bar; a resumed run begins where it was."""
+        self.started, self.first_step = time.monotonic(), state.global_step
+        if console.is_terminal and state.is_world_process_zero:
             self.bar.start()
-            self.task = self.bar.add_task("training", total=state.max_steps, at="")
+            self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, at="")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock of a step: evaluations and checkpoints do not count for the speed."""
+        self.step_began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Move the bar, or print a line at each tenth."""
-        tenth = max(1, state.max_steps // 10)
+        """Stop the clock of the step, and move the bar."""
+        self.in_steps += time.monotonic() - self.step_began
         if self.task is not None:
-            self.bar.update(self.task, completed=state.global_step, at=self.line(state))
-        elif state.global_step % tenth == 0 or state.global_step == state.max_steps:
-            say(f"step {state.global_step}/{state.max_steps}  {self.line(state)}")
+            self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        """Keep the newest losses; say each evaluation's."""
-        self.losses |= {key: value for key, value in (logs or {}).items() if key in ("loss", "eval_loss")}
-        if logs and "eval_loss" in logs:
-            loss, eval_loss = self.losses.get("loss", float("nan")), logs["eval_loss"]
-            say(f"epoch {state.epoch or 0:.1f}  loss {loss:.3f}  eval loss {eval_loss:.3f}")
+        """Show a step, or an evaluation."""
+        if not logs or not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+            if self.task is not None:
+                self.bar.update(self.task, at=self.step_line(state, logs, full=True))
+            else:
+                line = self.step_line(state, logs, full=state.max_steps <= MANY_STEPS)
+                say(f"step {state.global_step}/{state.max_steps}  {line}")
+        if "eval_loss" in logs:
+            say(self.evaluation_line(state, logs))
+            self.losses = []
+            self.evaluating(1, 1)
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Show on a terminal how far an evaluation is; the loop of the evaluation calls it, until all is done."""
+        if self.task is None:
+            return
+        if done >= total:
+            if self.evaluation is not None:
+                self.bar.remove_task(self.evaluation)
+            self.evaluation = None
+        elif self.evaluation is None:
+            self.evaluation = self.bar.add_task("evaluating", total=total, completed=done, at="")
+        else:
+            self.bar.update(self.evaluation, completed=done)
 
     def close(self) -> None:
         """Leave the terminal as it was; also after a run that failed."""
         if self.task is not None:
             self.bar.stop()
 
-    def line(self, state: Any) -> str:
-        """Loss, speed and time left, from what has run so far."""
-        elapsed = time.monotonic() - self.started
-        left = elapsed / state.global_step * (state.max_steps - state.global_step)
-        speed = self.trainer.tokens_seen / elapsed
-        loss = f"loss {self.losses['loss']:.3f}  " if "loss" in self.losses else ""
-        return f"{loss}{speed:,.0f} tokens/s  {clock(left)} left"
+    def step_line(self, state: Any, logs: dict[str, float], full: bool) -> str:
+        """Loss, speed, memory and time left: what the step logged, else from all that has run so far."""
+        done = max(1, state.global_step - self.first_step)
+        left = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
+        speed = logs.get("tokens_per_second") or self.trainer.tokens_seen / max(self.in_steps, 1e-9)
+        memory = f"{logs.get('memory_gib') or memory_gib():.1f} GiB  " if full else ""
+        return f"loss {logs['loss']:.3f}  {speed:,.0f} tokens/s  {memory}{clock(left)} left"
+
+    def evaluation_line(self, state: Any, logs: dict[str, float]) -> str:
+        """Epoch, mean training loss since the last evaluation, and what was evaluated."""
+        parts = [f"epoch {state.epoch or 0:.1f}"]
+        if self.losses:
+            parts.append(f"loss {sum(self.losses) / len(self.losses):.3f}")
+        parts.append(f"eval loss {logs['eval_loss']:.3f}")
+        if "eval_perplexity" in logs:
+            parts.append(f"perplexity {logs['eval_perplexity']:.2f}")
+        if "eval_token_accuracy" in logs:
+            parts.append(f"token accuracy {logs['eval_token_accuracy']:.1%}")
+        if self.best < float("inf"):
+            parts.append("best so far" if logs["eval_loss"] < self.best else f"best was {self.best:.3f}")
+        self.best = min(self.best, logs["eval_loss"])
+        return "  ".join(parts)

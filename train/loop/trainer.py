@@ -1,183 +1,346 @@
-"""The loop: transformers' Trainer with a loss that computes logits only where there is something to learn.
+"""The loop: transformers' Trainer over packed micro-steps.
 
-What is ours: batches padded on the right and sent without an attention mask (under a causal mask no token sees what
-is to its right, so the pads change nothing and the attention kernels stay on their fast path), logits for trained
-positions only, and an evaluation loss that is a mean over tokens, not over batches.
+From transformers: optimiser, schedule, checkpoints, trackers, random states, several GPUs. Ours: what a step is. One
+batch of the data loader is a whole optimiser step, cut into micro-steps by `packing`; the loss is a mean over the
+targets of the whole step on all GPUs; running out of memory takes the run down a ladder of settings that give the same
+result, and the step is made again.
+
+    >>> trainer = LoraTrainer(model=model, rows=rows, eval_rows=eval_rows, config=config, settings=Settings(8192), ...)
+    >>> trainer.train()
 """
 
+import contextlib
+import gc
 import math
-import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
-from loraport.clients.errors import Refused, ResourceError
-from loraport.train.config import RunConfig
-from loraport.train.data.tokens import IGNORED, Encoder, Example
-from loraport.train.loop.lora import Device, choose_types, use_checkpointing
-from loraport.train.loop.progress import ProgressCallback
+from loraport.clients.errors import Refused
+from loraport.clients.terminal import say
+from loraport.train.config import ResolvedConfig
+from loraport.train.loop.checkpoints import SEAL, seal, unwritten
+from loraport.train.loop.fused import forget
+from loraport.train.loop.lora import Device, choose_types, count_trainable
+from loraport.train.loop.packing import PackedRows, Rows, Step, StepSampler, largest, micro_step, pack
+from loraport.train.loop.settings import Settings, decoder_layers, set_checkpointing, step_down
+from loraport.train.loop.ways import Ways
 
-Features = dict[str, list[int]]  # `input_ids` and `labels` of one row
-
-
-def collate(rows: list[Features], pad_token: int) -> dict[str, torch.Tensor]:
-    """A batch of B rows: `input_ids` and `labels` of shape (B, T), padded on the right to the longest row; `lengths`.
-
-    The first token of a row is no target; its label is IGNORED, so that counting labels counts targets.
-    """
-    lengths_B = torch.tensor([len(row["input_ids"]) for row in rows])
-    ids_BT = torch.full((len(rows), int(lengths_B.max())), pad_token)
-    labels_BT = torch.full_like(ids_BT, IGNORED)
-    for index, row in enumerate(rows):
-        length = len(row["input_ids"])
-        ids_BT[index, :length] = torch.tensor(row["input_ids"])
-        labels_BT[index, 1:length] = torch.tensor(row["labels"][1:])
-    return {"input_ids": ids_BT, "labels": labels_BT, "lengths": lengths_B}
+WRITE_ERRORS = ("SafetensorError", "PytorchStreamWriter", "inline_container")
 
 
-def summed_loss(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross entropy in nats summed over the trained tokens of a batch, and their number.
+class LoraTrainer(Trainer):
+    """Trainer of a PeftModel in the ways of `ways.trained`. `tokens_seen` counts tokens of rows on all GPUs."""
 
-    Logits are computed for the union of the positions that any row of the batch trains (`logits_to_keep`), which for
-    answers at the end of rows is a fraction of T; softmax in float32.
-    """
-    targets_BT = inputs["labels"][:, 1:]
-    trained_K = (targets_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
-    logits_BKV = model(input_ids=inputs["input_ids"], logits_to_keep=trained_K, use_cache=False).logits
-    targets_BK = targets_BT[:, trained_K]
-    learned = targets_BK != IGNORED
-    return cross_entropy(logits_BKV[learned].float(), targets_BK[learned], reduction="sum"), learned.sum()
+    control: Any
 
-
-class LoraTrainer(Trainer):  # type: ignore[misc]
-    """Trainer over a list of Features. `tokens_seen` counts the tokens of the rows, without padding."""
-
-    def __init__(self, *, pad_token: int, **options: Any) -> None:
-        super().__init__(data_collator=lambda rows: collate(rows, pad_token), **options)
-        # Our loss divides by the targets of the whole optimiser step, so accumulation does not change the gradient.
-        self.model_accepts_loss_kwargs = True
-        self.pad_token = pad_token
-        self.tokens_seen = 0
-
-    def compute_loss(
+    def __init__(
         self,
-        model: Any,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        """Mean loss in nats over the targets of the optimiser step this batch belongs to."""
-        self.tokens_seen += int(inputs["lengths"].sum())
-        loss, count = summed_loss(model, inputs)
-        return loss / (count if num_items_in_batch is None else num_items_in_batch)
+        *,
+        rows: Rows,
+        eval_rows: Rows,
+        config: ResolvedConfig,
+        settings: Settings,
+        ways: Ways,
+        identity: dict[str, Any],
+        **options: Any,
+    ) -> None:
+        super().__init__(data_collator=Step, train_dataset=rows, eval_dataset=eval_rows, **options)
+        self.config, self.ways, self.identity = config, ways, identity
+        self.tokens_seen = 0
+        self.stop_asked = self.stopping = False  # by this process's signals; by those of any GPU
+        self.clock, self.clock_tokens = time.monotonic(), 0
+        self.step_loss = torch.zeros(())  # of the step under way
+        self.layers = len(decoder_layers(self.model))
+        self.longest = max(int(rows.lengths.max()), int(eval_rows.lengths.max()))
+        self.use(settings)
+
+    def use(self, settings: Settings) -> None:
+        """Go on with these settings. Where nothing may be packed, a micro-step is a row."""
+        self.settings = settings
+        self.budget = settings.micro_batch_tokens if self.ways.packed else 1
+        set_checkpointing(self.model, settings)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """One item an optimiser step."""
+        self.sampler = StepSampler(
+            self.train_dataset.lengths,
+            self.config.batch_size,
+            self.budget,
+            self.config.seed,
+            lambda: self.state.global_step // len(self.sampler),
+            self.args.process_index,
+            self.args.world_size,
+        )
+        return DataLoader(PackedRows(self.train_dataset), batch_sampler=self.sampler, collate_fn=self.data_collator)
+
+    def training_step(self, model: Any, inputs: Step, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of one optimiser step; its loss in nats a target."""
+        model.train()
+        while True:
+            try:
+                return self.accumulate(model, inputs)
+            except torch.OutOfMemoryError:
+                lower = step_down(self.settings, self.layers, self.longest)
+                if lower is None or self.args.world_size > 1:  # the others wait for a step that we cannot repeat
+                    raise
+            # Outside of the except clause, whose exception holds on to the tensors.
+            self.step_down_to(model, lower)
+            inputs = Step([micro_step(self.train_dataset, members) for members in self.sampler.packs(inputs.rows)])
+
+    def step_down_to(self, model: Any, lower: Settings) -> None:
+        """Free what the failed step holds, and use less."""
+        model.zero_grad()
+        gc.collect()
+        torch.cuda.empty_cache()
+        self.use(lower)
+        self.sampler.budget = self.budget
+        say(f"note: out of GPU memory; going on with {lower.words(self.layers)} (the result is the same)", "yellow")
+
+    def rehearse(self) -> None:
+        """Forward and backward of the largest micro-step that can come, before the first step: what fits now fits to
+        the end. It leaves nothing behind, neither gradients nor other random numbers.
+        """
+        states = torch.random.get_rng_state(), torch.cuda.get_rng_state()
+        model = self.model_wrapped.train()
+        while True:
+            failed = torch.zeros((), device=self.args.device)
+            try:
+                self.try_largest(model)
+            except torch.OutOfMemoryError:
+                failed += 1
+            if self.args.world_size > 1:
+                torch.distributed.all_reduce(failed)
+            lower = step_down(self.settings, self.layers, self.longest) if failed else None
+            if not failed or lower is None:
+                break
+            self.step_down_to(model, lower)
+        model.zero_grad()
+        torch.random.set_rng_state(states[0])
+        torch.cuda.set_rng_state(states[1])
+        if failed:
+            raise torch.OutOfMemoryError("the largest micro-step does not fit")
+
+    def try_largest(self, model: Any) -> None:
+        """With room kept for the optimiser's states, which come with the first step of it."""
+        each = 2 if "8bit" in str(self.args.optim) else 8
+        states = torch.empty(each * count_trainable(model), dtype=torch.uint8, device=self.args.device)
+        micro = largest(self.train_dataset, self.config.batch_size, self.budget)
+        loss, _ = model(**micro.to(self.args.device), scale=0.0)
+        self.accelerator.backward(loss)
+        del states
+
+    def accumulate(self, model: Any, step: Step) -> torch.Tensor:
+        """Gradients of all micro-steps; returns the sum of their parts of the loss."""
+        forget(self.model)
+        device = self.args.device
+        own = [sum(len(micro.targets_K) for micro in step.micro_steps), step.tokens, int(self.stop_asked)]
+        counts = torch.tensor(own, device=device)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(counts)
+        targets, tokens, stop = counts.tolist()
+        self.stopping = stop > 0
+        total = torch.zeros((), device=device)
+        for number, micro in enumerate(step.micro_steps, 1):
+            last = number == len(step.micro_steps)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                # DistributedDataParallel averages over the GPUs what is here a sum.
+                loss, _ = model(**micro.to(device), scale=self.args.world_size / targets)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        self.tokens_seen += tokens
+        self.step_loss = total
+        return total
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip, and end the run before a loss or gradient that is not finite reaches the weights."""
+        norm = super()._clip_grad_norm(model)
+        if not math.isfinite(float(self.step_loss)):
+            raise diverged("the loss", float(self.step_loss), self.state.global_step + 1, self.state.max_steps)
+        if self.accelerator.scaler is None and not math.isfinite(float(norm)):  # a scaler skips such steps itself
+            raise diverged("the gradient", float(norm), self.state.global_step + 1, self.state.max_steps)
+        return norm
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Mean loss in nats over all targets of the evaluation rows; logged as `eval_loss`."""
-        self.model.eval()
-        total, count = 0.0, 0
-        # Rows of like length together: less padding, and the mean over tokens does not depend on the order.
-        rows = sorted(self.eval_dataset, key=lambda row: len(row["input_ids"]))
-        size = self.args.per_device_train_batch_size
-        for start in range(0, len(rows), size):
-            batch = self._prepare_inputs(collate(rows[start : start + size], self.pad_token))
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss, targets = summed_loss(self.model, batch)
-            total, count = total + float(loss), count + int(targets)
-        metrics = {"eval_loss": total / count}
+        """Mean loss in nats, perplexity and token accuracy over all targets of the evaluation rows."""
+        self.model_wrapped.eval()
+        forget(self.model)
+        rows = self.eval_dataset
+        packs = pack([int(length) for length in rows.lengths], self.budget)
+        sums = torch.zeros(3, device=self.args.device, dtype=torch.float64)
+        for members in packs[self.args.process_index :: self.args.world_size]:
+            micro = micro_step(rows, tuple(members))
+            with torch.no_grad():
+                loss, right = self.model(**micro.to(self.args.device))
+            sums += torch.stack([loss.double(), right.double(), torch.tensor(len(micro.targets_K)).to(loss).double()])
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        loss, right, count = sums.tolist()
+        if not math.isfinite(loss):
+            raise diverged("the evaluation loss", loss, self.state.global_step, self.state.max_steps)
+        metrics = {
+            "eval_loss": loss / count,
+            "eval_perplexity": math.exp(min(loss / count, 700.0)),
+            "eval_token_accuracy": right / count,
+        }
         self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.clock, self.clock_tokens = time.monotonic(), self.tokens_seen
         return metrics
 
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        """With tokens/s since the last log and the peak of memory in GiB."""
+        if "loss" in logs:
+            now = time.monotonic()
+            logs["tokens_per_second"] = (self.tokens_seen - self.clock_tokens) / max(now - self.clock, 1e-9)
+            logs["memory_gib"] = peak_memory() / 2**30
+            self.clock, self.clock_tokens = now, self.tokens_seen
+        super().log(logs, *args, **options)
 
-class DivergenceCallback(TrainerCallback):  # type: ignore[misc]
-    """Ends a run whose loss or gradient is no longer a finite number: nothing that follows could be kept."""
+    def _save_checkpoint(self, *args: Any, **options: Any) -> None:
+        """transformers' checkpoint, sealed; ResourceError when the disk does not take it, the last one stays whole."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        kept, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go once this one is whole
+        try:
+            if self.args.should_save:
+                (folder / SEAL).unlink(missing_ok=True)
+            super()._save_checkpoint(*args, **options)
+            self.accelerator.wait_for_everyone()  # each GPU writes its random state
+            if self.args.should_save:
+                seal(folder, self.identity)
+                rotate_checkpoints(self.args.output_dir, kept, self.state.best_model_checkpoint, use_mtime=True)
+        except Exception as error:
+            if not is_write_error(error):
+                raise
+            raise unwritten(folder, error) from error
+        finally:
+            self.args.save_total_limit = kept
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        """Raise Refused that names the step and the figure."""
-        for name in ("loss", "grad_norm", "eval_loss"):
-            value = (logs or {}).get(name)
-            if value is not None and not math.isfinite(value):
-                raise Refused(
-                    f"the run diverged: {name} is {value} at step {state.global_step} of {state.max_steps}.",
-                    "lower --learning-rate, or look at the rows of the last batches; nothing was stored",
-                )
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: transformers' figure knows neither LoRA nor packing."""
+        return 0
+
+    def _get_num_items_in_batch(self, *_: Any, **__: Any) -> None:
+        """Counted in `accumulate`."""
 
 
-def run_trainer(
-    model: Any, encoder: Encoder, examples: list[Example], eval_examples: list[Example], config: RunConfig, folder: Path
-) -> dict[str, float]:
-    """Run the loop; return losses, steps and tokens/s. Refused when it diverges, ResourceError without memory."""
-    micro = micro_batch_rows(config, max(len(example.input_ids) for example in [*examples, *eval_examples]))
-    progress = ProgressCallback()
-    pad = encoder.tokenizer.pad_token_id
+def peak_memory() -> int:
+    """Bytes: the most that was reserved on the GPU, or what the process has in memory now."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_reserved())
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def is_write_error(error: Exception) -> bool:
+    """Whether it says that a file could not be written; torch and safetensors have their own ways to say so."""
+    said = f"{type(error).__name__} {error}"
+    return isinstance(error, OSError) or any(part in said for part in WRITE_ERRORS)
+
+
+def diverged(what: str, value: float, step: int, steps: int) -> Refused:
+    """The end of a run whose figures are no longer numbers."""
+    return Refused(
+        f"the run diverged: {what} is {value} at step {step} of {steps}.",
+        "lower --learning-rate, or look at the rows with `loraport data check`; no version was stored",
+    )
+
+
+class RhythmCallback(TrainerCallback):
+    """The largest micro-step first; an evaluation after the last step too, so that the last weights have a figure."""
+
+    trainer: LoraTrainer | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A CPU has no memory of its own to run out of."""
+        if self.trainer and args.device.type == "cuda":
+            self.trainer.rehearse()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """At the end of the run: evaluate and save."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
+
+
+def make_trainer(
+    model: Any,
+    rows: Rows,
+    eval_rows: Rows,
+    config: ResolvedConfig,
+    settings: Settings,
+    ways: Ways,
+    folder: Path,
+    identity: dict[str, Any],
+    callbacks: list[Any],
+    report_to: list[str] | str = "none",
+) -> LoraTrainer:
+    """A trainer whose checkpoints go to `folder`."""
+    rhythm = RhythmCallback()
     trainer = LoraTrainer(
         model=model,
-        args=training_arguments(config, model, len(examples), micro, folder),
-        train_dataset=[example.features for example in examples],
-        eval_dataset=[example.features for example in eval_examples],
-        callbacks=[progress, DivergenceCallback()],
-        pad_token=next(iter(encoder.stop_tokens)) if pad is None else pad,
+        args=training_arguments(config, folder, report_to),
+        rows=rows,
+        eval_rows=eval_rows,
+        config=config,
+        settings=settings,
+        ways=ways,
+        identity=identity,
+        callbacks=[rhythm, *callbacks],
     )
+    rhythm.trainer = trainer
     trainer.remove_callback(PrinterCallback)
-    progress.trainer = trainer
-    try:
-        result = trainer.train()
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"the GPU ran out of memory with {micro} rows at once.",
-            f"halve --micro-batch-tokens (it is {config.micro_batch_tokens or 4096}), or use --load nf4",
-        ) from error
-    finally:
-        progress.close()
-        shutil.rmtree(folder / "trainer", ignore_errors=True)
-    evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    return {
-        "train_loss": result.training_loss,
-        "eval_loss": evaluations[-1],
-        "steps": trainer.state.global_step,
-        "tokens_per_second": round(trainer.tokens_seen / result.metrics["train_runtime"], 1),
-    }
+    return trainer
 
 
-def training_arguments(config: RunConfig, model: Any, rows: int, micro: int, folder: Path) -> TrainingArguments:
-    """The run configuration in transformers' words, for one device."""
+def training_arguments(config: ResolvedConfig, folder: Path, report_to: list[str] | str) -> TrainingArguments:
+    """The run configuration in transformers' words."""
     device = Device.here()
-    computed = choose_types(config, device).computed
-    checkpointing = use_checkpointing(config, model)
+    types = choose_types(config, device)
     arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"),
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=config.batch_size // micro,
+        output_dir=str(folder),
+        per_device_train_batch_size=config.batch_size,
         num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        optim=optimizer_name(config, device),
         learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(-(-rows // config.batch_size) * config.epochs * config.warmup_ratio),
+        lr_scheduler_type=config.scheduler,
+        warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        bf16=computed == "bfloat16",
-        fp16=computed == "float16",
+        # Without autocast: everything is in its type already, and float32 adapters are cast where they are used.
+        bf16=False,
+        fp16=types.computed == "float16",
         use_cpu=device.kind == "cpu",
-        gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
-        train_sampling_strategy="group_by_length",
-        eval_strategy="epoch",
-        save_strategy="no",
+        eval_strategy="steps",
+        eval_steps=config.eval_steps,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=config.keep_checkpoints,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would hide from us what it finds
-        report_to="none",
+        report_to=report_to,
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=device.kind == "cuda",
+        ddp_find_unused_parameters=False,
         seed=config.seed,
     )
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # else Trainer wraps the model into DataParallel, which would cut our batches apart
+        arguments._n_gpu = 1  # else Trainer wraps the model into DataParallel, which would cut our steps apart
     return arguments
 
 
-def micro_batch_rows(config: RunConfig, longest: int) -> int:
-    """Rows on the device at once: the largest divisor of the batch whose longest rows stay within the budget."""
-    fitting = max(1, (config.micro_batch_tokens or 4096) // longest)
-    return max(size for size in range(1, config.batch_size + 1) if config.batch_size % size == 0 and size <= fitting)
+def optimizer_name(config: ResolvedConfig, device: Device) -> str:
+    """The configuration's optimiser in transformers' words."""
+    quantised = config.load in ("nf4", "int8")
+    if config.optimizer == "paged_adamw_8bit" or (config.optimizer == "auto" and quantised):
+        return "paged_adamw_8bit"
+    return "adamw_torch_fused" if device.kind == "cuda" else "adamw_torch"

@@ -1,0 +1,1 @@
+"""Peers that `loraport bench` measures ours against: programs of their own, imported by nothing."""

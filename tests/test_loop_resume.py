@@ -1,0 +1,124 @@
+"""A run that is killed and continued gives the same bytes as one that was not."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from loraport.train.loop.checkpoints import SEAL, is_whole, step_of, whole
+from tests.conftest import ROOT
+from tests.loop import weights_of
+from tests.loop_run import learned, run
+
+PAUSE = "0.15"
+
+
+def start(folder: Path, *options: str) -> subprocess.Popen[str]:
+    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.loop_run", str(folder), *options]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool]) -> None:
+    """Until it has happened; fails when the process ends before."""
+    while not happened():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.0005)
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    words = process.communicate(timeout=120)[1]
+    assert process.returncode == code, words
+    return words
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(start(folder))
+    return folder
+
+
+def writing(folder: Path) -> bool:
+    """Whether a checkpoint behind the sixth step is being written."""
+    return any(step_of(path) > 6 and not (path / SEAL).exists() for path in folder.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("moment", ["in a step", "in a checkpoint"])
+def test_a_killed_run_goes_on_to_the_same_bytes(moment: str, tmp_path: Path, whole_run: Path) -> None:
+    process = start(tmp_path, "--pause", PAUSE)
+    if moment == "in a step":
+        wait_for(process, lambda: is_whole(tmp_path / "checkpoint-3"))
+        time.sleep(random.uniform(0, 3 * float(PAUSE)))
+    else:
+        wait_for(process, lambda: writing(tmp_path))
+    process.send_signal(signal.SIGKILL)
+    finish(process, -signal.SIGKILL)
+    kept = [step_of(path) for path in whole(tmp_path)]
+    assert kept and kept[-1] < 12 and not (tmp_path / "weights.safetensors").exists()
+
+    finish(start(tmp_path, "--resume"))
+    for file in ("weights.safetensors", "checkpoint-12/adapter_model.safetensors"):
+        assert (tmp_path / file).read_bytes() == (whole_run / file).read_bytes()
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert history == json.loads((whole_run / "history.json").read_text())
+    assert len(history) == 12 + 4  # steps and evaluations
+
+
+class Signal(TrainerCallback):
+    """Sends this process a signal within a step."""
+
+    def __init__(self, number: int, step: int) -> None:
+        self.number, self.step = number, step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step - 1:
+            signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_can_go_on(
+    number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path / "stopped", callbacks=(Signal(number, 5),))
+    assert ended.value.code == 128 + number
+    assert [step_of(path) for path in whole(tmp_path / "stopped")] == [3, 5]
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert "stopped after step 5; go on with --resume" in capsys.readouterr().err
+
+    model, outcome = run(tmp_path / "stopped", resume=True)
+    unhindered, expected = run(tmp_path / "whole")
+    assert learned(outcome.history) == learned(expected.history)
+    assert all(torch.equal(each, weights_of(unhindered)[name]) for name, each in weights_of(model).items())
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    process = start(tmp_path, "--pause", "60")
+    assert process.stderr is not None
+    wait_for(process, tmp_path.joinpath("begun").exists)
+    process.send_signal(signal.SIGTERM)
+    assert "once more to stop at once" in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    finish(process, -signal.SIGTERM)
+    assert not whole(tmp_path)
+
+
+def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
+    model, outcome = run(tmp_path, epochs=1)
+    again, resumed = run(tmp_path, resume=True, epochs=1)
+    assert resumed.metrics["steps"] == outcome.metrics["steps"] == 4
+    assert resumed.metrics["eval_loss"] == outcome.metrics["eval_loss"]
+    assert all(torch.equal(each, weights_of(model)[name]) for name, each in weights_of(again).items())

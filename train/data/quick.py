@@ -1,0 +1,95 @@
+"""The warnings of `loraport data check` for a training run, from the tokens on disk that the run reads anyway.
+
+Nothing is rendered or tokenised: a thousand rows cost a tenth of a second. What a row can have wrong by itself
+is not looked for, because a run refuses such rows before; how rows relate, and whether they are enough, is.
+
+    >>> say_warnings(quick_check(store.subset(training), store.subset(held_out), encoder))
+    warning: 2 training rows ask what the evaluation asks (rows 166, 167).
+"""
+
+import numpy as np
+
+from loraport.clients.terminal import say
+from loraport.train.data.check import Limits, Report, conclude
+from loraport.train.data.findings import Finding
+from loraport.train.data.flat import Array, FlatTokens
+from loraport.train.data.split import normalise
+from loraport.train.data.store import Subset, TokenStore
+from loraport.train.data.survey import SAMPLED, Survey, Surveyor, digest
+from loraport.train.data.tokens import IGNORED, Encoder
+
+UNLIMITED = 1 << 30  # a run refuses rows that are too long by itself
+NAMED = 3  # rows that a warning names
+
+
+def quick_check(
+    train: TokenStore | Subset, evaluation: TokenStore | Subset | None, encoder: Encoder, capacity: int | None = None
+) -> Report:
+    """The report on the rows of a run. `capacity`: parameters of the adapter, to compare with the tokens to learn."""
+    surveyor = Surveyor(encoder, UNLIMITED)
+    surveys = [
+        survey_tokens(rows if isinstance(rows, Subset) else rows.subset(np.arange(len(rows))), data, surveyor)
+        for rows, data in ((train, "train"), (evaluation, "eval"))
+        if rows is not None
+    ]
+    return conclude(surveys[0], surveys[1] if len(surveys) > 1 else None, Limits(UNLIMITED, capacity))
+
+
+def survey_tokens(rows: Subset, data: str, surveyor: Surveyor) -> Survey:
+    """What `Surveyor.survey` keeps of rows, made of their tokens."""
+    store = rows.store
+    found = Survey(store.source.name, data, [str(path) for path in store.source.files])
+    lines, files, groups = (column[rows.indices] for column in (store.lines, store.files, store.groups))
+    while found.read < len(rows):
+        here = slice(found.read, min(len(rows), found.read + surveyor.chunk))
+        items = [rows[index] for index in range(here.start, here.stop)]
+        ids, labels = [item["input_ids"] for item in items], [item["labels"] for item in items]
+        documents = [len(label) > 1 and bool(label[1] != IGNORED) for label in labels]  # others begin with a prompt
+        tokens = FlatTokens.of(ids, labels, documents)
+        answers = decode_answers(tokens, surveyor.encoder, found)
+        columns = {
+            "row": lines[here],
+            "file": files[here],
+            "all_lengths": tokens.lengths,
+            "length": tokens.lengths,
+            "trained": tokens.trained_counts,
+            "answer_length": tokens.lengths - tokens.answer_starts,
+            "whole": np.array([digest(row.tobytes()) for row in ids], np.uint64),
+            "prompt": np.where(tokens.documents, np.uint64(0), groups[here]),
+            "answer": np.where(tokens.documents, np.uint64(0), answers),
+            **surveyor.sign(tokens),
+        }
+        for name, values in columns.items():
+            found.parts.setdefault(name, []).append(values)
+        found.read = here.stop
+    return found
+
+
+def decode_answers(tokens: FlatTokens, encoder: Encoder, found: Survey) -> Array:
+    """Hashes of the answers' texts without differences of case and spacing; the first ones are also sampled."""
+    backend = encoder.tokenizer.backend_tokenizer
+    rows = [tokens.row(index) for index in range(len(tokens.lengths))]
+    parts = [
+        (row[:start].tolist(), row[start:].tolist()) for row, start in zip(rows, tokens.answer_starts, strict=True)
+    ]
+    texts = backend.decode_batch([answer for _, answer in parts])
+    if found.sample.rows < SAMPLED:
+        asked = backend.decode_batch([prompt for prompt, _ in parts])
+        for prompt, answer, document in zip(asked, texts, tokens.documents, strict=True):
+            if not document:
+                found.sample.add(prompt, answer, thinks=False, calls=False)
+    return np.array([digest(normalise(text)) for text in texts], np.uint64)
+
+
+def say_warnings(report: Report) -> None:
+    """Print errors and warnings, one line each; nothing where all is well."""
+    for finding in report.findings:
+        if finding.level != "note":
+            say(f"warning: {finding.message.rstrip('.')}{rows_of(finding)}.", "yellow")
+
+
+def rows_of(finding: Finding) -> str:
+    """The first rows of a finding, in brackets."""
+    numbers = ", ".join(str(place.row) for place in finding.places[:NAMED])
+    more = ", ..." if len(finding.places) > NAMED else ""
+    return f" ({'row' if len(finding.places) == 1 else 'rows'} {numbers}{more})" if numbers else ""

@@ -1,0 +1,169 @@
+"""Where a run would happen: the GPU here, one that is named, or so many GiB; and what a configuration means there.
+
+>>> find_machine(gpu_memory=None, gpu_name="4090", gpus=1).memory // 2**30
+23
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from loraport.clients.errors import ConfigError, UsageError
+from loraport.clients.hardware import read_cpu, read_gpu
+from loraport.train.config import RunConfig
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU of the market. `tflops`: dense bf16 (fp16 where it has no bf16) with fp32 accumulation, by the data sheet.
+
+    `memory` in GiB as torch.cuda.get_device_properties counts it, what the driver keeps taken off.
+    """
+
+    name: str
+    tflops: float
+    memory: float
+    has_bf16: bool = True
+
+
+# Data sheets and architecture papers of NVIDIA (nvidia.com: H200, H100, A100, L40S, L4, A10, T4, V100 data sheets; Ada,
+# Ampere GA102 and RTX Blackwell architecture papers, "Peak BF16 Tensor TFLOPS with FP32 Accumulate", without sparsity).
+# The first whose name is part of what the driver says counts.
+GPUS = (
+    Gpu("B200", 2250, 178.4),
+    Gpu("H200", 989, 139.8),
+    Gpu("H100 NVL", 835, 93.1),
+    Gpu("H100 PCIe", 756, 79.2),
+    Gpu("H100", 989, 79.2),
+    Gpu("A100 40GB", 312, 39.4),
+    Gpu("A100-SXM4-40GB", 312, 39.4),
+    Gpu("A100-PCIE-40GB", 312, 39.4),
+    Gpu("A100", 312, 79.2),
+    Gpu("L40S", 362, 44.4),
+    Gpu("L4", 121, 22.0),
+    Gpu("A10G", 70, 22.0),
+    Gpu("A10", 125, 22.0),
+    Gpu("RTX 6000 Ada", 364, 47.4),
+    Gpu("RTX A6000", 155, 47.4),
+    Gpu("5090", 209, 31.3),
+    Gpu("4090", 165, 23.5),
+    Gpu("4080", 97, 15.6),
+    Gpu("3090", 71, 23.5),
+    Gpu("V100", 125, 15.7, has_bf16=False),
+    Gpu("T4", 65, 14.6, has_bf16=False),
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run may use: `memory` in bytes of each of `gpus` GPUs, or of the machine where `kind` is cpu."""
+
+    kind: Literal["cuda", "cpu"]
+    name: str
+    memory: int
+    has_bf16: bool = True
+    gpus: int = 1
+    gpu: Gpu | None = None  # None: of a kind whose speed is not known
+
+
+@dataclass(frozen=True)
+class Types:
+    """`held`: how the base's linears are held, nf4, int8 or torch's word; `computed`: the type of the arithmetic."""
+
+    held: str
+    computed: str
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in the arithmetic, and of the weights that are not quantised."""
+        return WIDTHS[self.computed]
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether linears are held in 4 or 8 bits."""
+        return self.held in ("nf4", "int8")
+
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def choose_types(config: RunConfig, machine: Machine) -> Types:
+    """What `load` and `compute_dtype` mean on `machine`; ConfigError for nf4 or int8 without a GPU."""
+    half = "bfloat16" if machine.has_bf16 else "float16"
+    computed = DTYPES.get(config.compute_dtype)
+    if config.load in ("nf4", "int8"):
+        if machine.kind != "cuda":
+            raise ConfigError(
+                f"load {config.load} needs an NVIDIA GPU, and there is none here.",
+                "say which one it is planned for: --gpu-name 4090, or --gpu-memory 24",
+            )
+        return Types(config.load, computed or half)
+    held = DTYPES.get(config.load, half if machine.kind == "cuda" else "float32")
+    return Types(held, computed or held)
+
+
+def find_machine(gpu_memory: float | None, gpu_name: str | None, gpus: int = 1) -> Machine:
+    """The machine that is asked about: by GPU name, by GiB, or this one; of this one, what is free now.
+
+    UsageError for a name that is not in GPUS and comes without --gpu-memory.
+    """
+    if gpu_name:
+        known = find_gpu(gpu_name)
+        if known is None and gpu_memory is None:
+            raise UsageError(
+                f"no figures are known for a GPU called {gpu_name!r}.",
+                f"give its memory, --gpu-memory GIB, or one of: {', '.join(gpu.name for gpu in GPUS)}",
+            )
+        memory = gpu_memory if gpu_memory is not None or known is None else known.memory
+        return Machine(
+            "cuda",
+            known.name if known else gpu_name,
+            int((memory or 0) * GIB),
+            not known or known.has_bf16,
+            gpus,
+            known,
+        )
+    here = read_here(gpus)
+    if gpu_memory is None:
+        return here
+    limit = int(gpu_memory * GIB)
+    if here.kind == "cuda" and limit <= here.memory:
+        return replace(here, memory=limit)
+    return Machine("cuda", f"a GPU of {gpu_memory:g} GiB", limit, gpus=gpus)
+
+
+def machine_for_run(gpu_memory: float | None, gpus: int = 1) -> Machine:
+    """This machine, for a run that starts now: what is free, and no more than `gpu_memory` GiB of it."""
+    here = read_here(gpus)
+    return here if gpu_memory is None else replace(here, memory=min(here.memory, int(gpu_memory * GIB)))
+
+
+def read_here(gpus: int = 1) -> Machine:
+    """This machine: the first visible GPU where torch can use one, else the CPU."""
+    gpu = read_gpu() if torch_has_cuda() else None
+    if gpu:
+        return Machine("cuda", gpu.name, gpu.free, gpu.has_bf16, gpus, find_gpu(gpu.name))
+    cpu = read_cpu()
+    return Machine("cpu", cpu.name, cpu.free, cpu.has_bf16)
+
+
+def torch_has_cuda() -> bool:
+    """Whether the installed torch was built for NVIDIA GPUs."""
+    import torch
+
+    return bool(torch.version.cuda)
+
+
+def find_gpu(name: str) -> Gpu | None:
+    """The entry of GPUS for what a driver or a person calls a GPU."""
+    plain = " ".join(name.lower().replace("nvidia", "").replace("geforce", "").split())
+    parts = [plain, plain.replace("rtx ", ""), plain.replace("-", " "), plain.replace(" ", "-")]
+    return next((gpu for gpu in GPUS if any(is_named(gpu.name.lower(), part) for part in parts)), None)
+
+
+def is_named(known: str, text: str) -> bool:
+    """Whether `known` stands in `text` and is not the beginning of a longer name: L4 is no L40S."""
+    before, found, after = text.partition(known)
+    return bool(found) and not before[-1:].isalnum() and not after[:1].isalnum()
