@@ -158,7 +158,9 @@ def assert_same(
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         largest = float(tensor.abs().max())
-        torch.testing.assert_close(found[name], tensor, rtol=rtol, atol=share * largest, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], tensor, rtol=rtol, atol=share * largest, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def files_of(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""The loop computes the plain formula: on every architecture in the ways that it chooses, whatever the memory settings."""
+"""The loop computes the plain formula: on every architecture, whatever the memory settings."""
 
 import contextlib
 from collections.abc import Iterator
@@ -48,6 +48,20 @@ def test_packing_and_checkpointing_change_nothing(kind: str, ways: Ways) -> None
         assert_same(found, wanted)
 
 
+@pytest.mark.parametrize("ways", [Ways(), Ways(fused=False)], ids=str)
+def test_dropout_is_the_same_when_layers_are_computed_again(ways: Ways) -> None:
+    model, rows = lora_on(base_of("qwen3"), dropout=0.3), ToyRows(4, seed=3)
+    results = []
+    for layers in (0, 1, 2):
+        torch.manual_seed(4)
+        results.append(ours(model, rows, ways, 60, layers))
+    (loss, gradients), *others = results
+    assert all(each[0] == loss for each in others)
+    for _, found in others:
+        assert_same(found, gradients, rtol=0, share=1e-6)
+    assert abs(loss - plain(model.eval(), rows)[0]) > 1e-4  # it did drop something
+
+
 class Leaking(torch.nn.Module):
     """What a model with a state across tokens does: each token sees the mean of all before it."""
 
@@ -74,6 +88,12 @@ def test_a_cap_too_high_to_show_is_noticed() -> None:
     for layer in base.model.layers:
         layer.self_attn.attn_logit_softcapping = 5000.0
     assert agreeing(lora_on(base)) == Ways(False, False, False)
+
+
+def test_dropout_in_the_base_itself_is_left_to_it() -> None:
+    base = base_of("llama")
+    base.config.attention_dropout = 0.1
+    assert agreeing(lora_on(base)) == Ways(fused=False, packed=False)
 
 
 def test_windows_longer_than_the_documents_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Packing: no row is lost or doubled, every micro-step keeps within its budget, and nothing but memory depends on it."""
+"""Packing: no row is lost or doubled, every micro-step keeps within its budget, which changes nothing else."""
 
 from collections import Counter
 from typing import Any
@@ -10,7 +10,13 @@ import torch
 from loraport.train.loop.packing import StepSampler, join, largest, micro_step, pack
 from tests.loop import ToyRows
 
-CASES = [(rows, batch, budget, world) for rows in (1, 7, 64) for batch in (1, 5, 16) for budget in (1, 50, 900) for world in (1, 2, 3)]
+CASES = [
+    (rows, batch, budget, world)
+    for rows in (1, 7, 64)
+    for batch in (1, 5, 16)
+    for budget in (1, 50, 900)
+    for world in (1, 2, 3)
+]
 
 
 def sampler(lengths: Any, batch: int, budget: int, world: int = 1, rank: int = 0, epoch: int = 0) -> StepSampler:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from loraport.train.loop.checkpoints import SEAL, is_whole, step_of, whole
+from loraport.train.loop.checkpoints import is_whole, step_of, whole
 from tests.conftest import ROOT
 from tests.loop import weights_of
 from tests.loop_run import learned, run
@@ -33,7 +33,7 @@ def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool]) -> No
     """Until it has happened; fails when the process ends before."""
     while not happened():
         assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.0005)
+        time.sleep(0.005)
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
@@ -50,23 +50,19 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def writing(folder: Path) -> bool:
-    """Whether a checkpoint behind the sixth step is being written."""
-    return any(step_of(path) > 6 and not (path / SEAL).exists() for path in folder.glob("checkpoint-*"))
-
-
 @pytest.mark.parametrize("moment", ["in a step", "in a checkpoint"])
 def test_a_killed_run_goes_on_to_the_same_bytes(moment: str, tmp_path: Path, whole_run: Path) -> None:
-    process = start(tmp_path, "--pause", PAUSE)
     if moment == "in a step":
+        process = start(tmp_path, "--pause", PAUSE)
         wait_for(process, lambda: is_whole(tmp_path / "checkpoint-3"))
-        time.sleep(random.uniform(0, 3 * float(PAUSE)))
+        time.sleep(random.uniform(0, 6 * float(PAUSE)))
+        process.send_signal(signal.SIGKILL)
+        finish(process, -signal.SIGKILL)
     else:
-        wait_for(process, lambda: writing(tmp_path))
-    process.send_signal(signal.SIGKILL)
-    finish(process, -signal.SIGKILL)
-    kept = [step_of(path) for path in whole(tmp_path)]
-    assert kept and kept[-1] < 12 and not (tmp_path / "weights.safetensors").exists()
+        finish(start(tmp_path, "--die-in-checkpoint", "9"), -signal.SIGKILL)
+        assert [step_of(path) for path in whole(tmp_path)] == [3, 6]
+        assert (tmp_path / "checkpoint-9/optimizer.pt").exists()
+    assert not (tmp_path / "weights.safetensors").exists()
 
     finish(start(tmp_path, "--resume"))
     for file in ("weights.safetensors", "checkpoint-12/adapter_model.safetensors"):
@@ -102,7 +98,14 @@ def test_a_signal_saves_and_the_run_can_go_on(
     model, outcome = run(tmp_path / "stopped", resume=True)
     unhindered, expected = run(tmp_path / "whole")
     assert learned(outcome.history) == learned(expected.history)
+    assert outcome.metrics["train_loss"] == expected.metrics["train_loss"]
     assert all(torch.equal(each, weights_of(unhindered)[name]) for name, each in weights_of(model).items())
+
+
+def test_the_checkpoint_of_a_signal_is_kept_beside_the_best(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        run(tmp_path, callbacks=(Signal(signal.SIGTERM, 5),), keep_checkpoints=1, learning_rate=1e-9)
+    assert [step_of(path) for path in whole(tmp_path)][-1] == 5
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
@@ -120,5 +123,6 @@ def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
     model, outcome = run(tmp_path, epochs=1)
     again, resumed = run(tmp_path, resume=True, epochs=1)
     assert resumed.metrics["steps"] == outcome.metrics["steps"] == 4
-    assert resumed.metrics["eval_loss"] == outcome.metrics["eval_loss"]
+    for figure in ("train_loss", "eval_loss", "best_step"):
+        assert resumed.metrics[figure] == outcome.metrics[figure]
     assert all(torch.equal(each, weights_of(model)[name]) for name, each in weights_of(again).items())

@@ -1,4 +1,4 @@
-"""Parity with TRL's SFTTrainer: same rows, same adapter to begin with, same losses, gradients and weights afterwards."""
+"""Parity with TRL's SFTTrainer: same rows and same adapter in, same losses, gradients and weights out."""
 
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,8 @@ def test_losses_gradients_and_weights_are_those_of_trl(kind: str, tokenizer: Any
     outcome = fit(model, rows, ToyRows(3, 1), config, Settings(100), tmp_path / "ours", {}, callbacks=(gradients,))
 
     losses, their_losses = (
-        [entry["loss"] for entry in history if "loss" in entry] for history in (outcome.history, trainer.state.log_history)
+        [entry["loss"] for entry in history if "loss" in entry]
+        for history in (outcome.history, trainer.state.log_history)
     )
     assert len(losses) == ROWS // 8
     assert losses == pytest.approx(their_losses, rel=1e-5)

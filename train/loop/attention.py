@@ -149,7 +149,7 @@ def attend(
     """
     asked = {name for name, value in kwargs.items() if value is not None} - HARMLESS
     causal = kwargs.get("is_causal") is not False and getattr(module, "is_causal", True)
-    if asked or attention_mask is not None or not causal or kwargs.get("dropout"):
+    if asked or attention_mask is not None or not causal:
         raise ValueError(f"packed attention cannot do what {type(module).__name__} asks for: {sorted(asked)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q_TND, k_TMD, v_TMD = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))

@@ -55,7 +55,8 @@ class StopCallback(TrainerCallback):
         self.signal = number
         if self.trainer:
             self.trainer.stop_asked = True
-        say("stopping after this step, with a checkpoint (once more to stop at once)", "yellow")
+        with contextlib.suppress(RuntimeError, OSError):  # it may have come in the middle of another line
+            say("stopping after this step, with a checkpoint (once more to stop at once)", "yellow")
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -116,10 +117,11 @@ def figures(trainer: LoraTrainer, result: Any) -> dict[str, float]:
     """Losses of the weights that are kept, steps, speed, and on a GPU the peaks of memory in bytes."""
     history = trainer.state.log_history
     evaluations = [entry for entry in history if "eval_loss" in entry]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
     best = min(evaluations, key=lambda entry: entry["eval_loss"])
     speeds = [entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry]
     found = {
-        "train_loss": result.training_loss,
+        "train_loss": sum(losses) / len(losses),  # transformers' own is of the steps since a run was continued
         **{key: best[key] for key in ("eval_loss", "eval_perplexity", "eval_token_accuracy")},
         "best_step": best["step"],
         "last_eval_loss": evaluations[-1]["eval_loss"],

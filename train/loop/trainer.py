@@ -150,7 +150,7 @@ class LoraTrainer(Trainer):
             last = number == len(step.micro_steps)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 # DistributedDataParallel averages over the GPUs what is here a sum.
-                loss, _ = model(**micro.to(device), scale=self.args.world_size / targets)
+                loss, _ = model(**micro.to(device), scale=self.args.world_size / max(targets, 1))
                 self.accelerator.backward(loss)
             total += loss.detach()
         self.tokens_seen += tokens
@@ -205,7 +205,6 @@ class LoraTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:
         """transformers' checkpoint, sealed; ResourceError when the disk does not take it, the last one stays whole."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        kept, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go once this one is whole
         try:
             if self.args.should_save:
                 (folder / SEAL).unlink(missing_ok=True)
@@ -213,13 +212,13 @@ class LoraTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # each GPU writes its random state
             if self.args.should_save:
                 seal(folder, self.identity)
-                rotate_checkpoints(self.args.output_dir, kept, self.state.best_model_checkpoint, use_mtime=True)
+                # Not by transformers, which removes older ones before this one is whole, and the last at the end.
+                keep, best = self.config.keep_checkpoints, self.state.best_model_checkpoint
+                rotate_checkpoints(self.args.output_dir, keep, best)
         except Exception as error:
             if not is_write_error(error):
                 raise
             raise unwritten(folder, error) from error
-        finally:
-            self.args.save_total_limit = kept
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: transformers' figure knows neither LoRA nor packing."""
@@ -321,7 +320,6 @@ def training_arguments(config: ResolvedConfig, folder: Path, report_to: list[str
         eval_steps=config.eval_steps,
         save_strategy="steps",
         save_steps=config.save_steps,
-        save_total_limit=config.keep_checkpoints,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
