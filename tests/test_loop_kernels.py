@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from loraport.train.loop.attention import Documents, attend, by_document
-from loraport.train.loop.fused import dense, forget, fuse, unfuse
+from loraport.train.loop.fused import forget, fuse, unfuse
+from loraport.train.loop.groups import dense
 from loraport.train.loop.kernels import RmsNorm, Rope, cross_entropy, rotate, swiglu, swiglu_backward
 from loraport.train.loop.loss import HeadLoss
 from tests.loop import base_of, lora_on
@@ -24,16 +25,19 @@ def test_swiglu_and_its_gradients() -> None:
     gate, up, dh = (torch.randn(5, 7, dtype=DOUBLE, requires_grad=True) for _ in range(3))
     h = torch.nn.functional.silu(gate) * up
     wanted = torch.autograd.grad(h, (gate, up), dh)
-    found = swiglu_backward(dh.detach(), gate.detach(), up.detach())
-    torch.testing.assert_close(found[:2], wanted)
-    torch.testing.assert_close(found[2], h)
-    torch.testing.assert_close(swiglu(gate, up), h)
+    product = torch.empty(5, 9, dtype=DOUBLE)[:, :7]  # rows with room behind them
+    swiglu(gate.detach(), up.detach(), product)
+    torch.testing.assert_close(product, h.detach())
+    both = torch.cat((gate, up), dim=1).detach()
+    swiglu_backward(dh.data, both[:, :7], both[:, 7:])
+    torch.testing.assert_close(both, torch.cat(wanted, dim=1))
+    torch.testing.assert_close(dh.detach(), h.detach())
 
 
 @pytest.mark.parametrize("shape", [(6, 16), (1, 6, 16), (3, 4, 16)], ids=str)
 def test_rms_norm_and_its_gradient(shape: tuple[int, ...]) -> None:
     x, weight = torch.randn(shape, requires_grad=True), torch.randn(16)
-    y = RmsNorm.apply(x, weight, 1e-6)
+    y = RmsNorm.apply(x, weight, 1e-6, 3)
     wanted = torch.nn.functional.rms_norm(x, (16,), weight, 1e-6)
     torch.testing.assert_close(y, wanted)
     dy = torch.randn(shape)
@@ -44,7 +48,7 @@ def test_rms_norm_of_a_slice_of_a_wider_product() -> None:
     wide, weight = torch.randn(6, 40), torch.randn(16)
     x = wide[:, 8:24].requires_grad_()
     wanted = torch.nn.functional.rms_norm(x, (16,), weight, 1e-6)
-    found = RmsNorm.apply(x, weight, 1e-6)
+    found = RmsNorm.apply(x, weight, 1e-6, 0)
     torch.testing.assert_close(found, wanted)
     dy = torch.randn(6, 40)[:, 3:19]
     torch.testing.assert_close(*(torch.autograd.grad(each, x, dy)[0] for each in (found, wanted)))

@@ -22,28 +22,62 @@ except ImportError:  # the CPU build of torch has none
 if HAVE_TRITON:
 
     @triton.jit
-    def _swiglu_kernel(g_ptr, u_ptr, h_ptr, n, BLOCK: tl.constexpr):
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    def _swiglu_kernel(g_ptr, u_ptr, h_ptr, n, gu_row, h_row, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = at < n
-        g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        u = tl.load(u_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(h_ptr + at, g * tl.sigmoid(g) * u, mask=inside)
+        g = tl.load(g_ptr + row * gu_row + at, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(u_ptr + row * gu_row + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(h_ptr + row * h_row + at, g * tl.sigmoid(g) * u, mask=inside)
 
     @triton.jit
-    def _swiglu_backward_kernel(dh_ptr, g_ptr, u_ptr, n, BLOCK: tl.constexpr):
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    def _swiglu_backward_kernel(dh_ptr, g_ptr, u_ptr, n, gu_row, h_row, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = at < n
-        dh = tl.load(dh_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        u = tl.load(u_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dh = tl.load(dh_ptr + row * h_row + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(g_ptr + row * gu_row + at, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(u_ptr + row * gu_row + at, mask=inside, other=0.0).to(tl.float32)
         s = tl.sigmoid(g)
         silu = g * s
-        tl.store(dh_ptr + at, silu * u, mask=inside)
-        tl.store(g_ptr + at, dh * u * s * (1.0 + g * (1.0 - s)), mask=inside)
-        tl.store(u_ptr + at, dh * silu, mask=inside)
+        tl.store(dh_ptr + row * h_row + at, silu * u, mask=inside)
+        tl.store(g_ptr + row * gu_row + at, dh * u * s * (1.0 + g * (1.0 - s)), mask=inside)
+        tl.store(u_ptr + row * gu_row + at, dh * silu, mask=inside)
 
     @triton.jit
-    def _rmsnorm_kernel(x_ptr, w_ptr, y_ptr, r_ptr, rows, n, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    def _nf4_kernel(
+        q_ptr,
+        scale_ptr,
+        code_ptr,
+        outer_ptr,
+        outer_code_ptr,
+        offset,
+        y_ptr,
+        n,
+        columns,
+        y_row,
+        BLOCKSIZE: tl.constexpr,
+        OUTER: tl.constexpr,
+        NESTED: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = pair * 2 < n
+        packed = tl.load(q_ptr + pair, mask=inside, other=0).to(tl.int32)
+        block = pair * 2 // BLOCKSIZE
+        if NESTED:
+            index = tl.load(scale_ptr + block, mask=inside, other=0).to(tl.int32)
+            outer = tl.load(outer_ptr + block // OUTER, mask=inside, other=0.0)
+            scale = tl.load(outer_code_ptr + index) * outer + offset
+        else:
+            scale = tl.load(scale_ptr + block, mask=inside, other=0.0)
+        first = tl.load(code_ptr + (packed >> 4)) * scale
+        second = tl.load(code_ptr + (packed & 15)) * scale
+        at = tl.program_id(0).to(tl.int64) * BLOCK * 2 + tl.arange(0, 2 * BLOCK)
+        tl.store(y_ptr + (at // columns) * y_row + at % columns, tl.interleave(first, second), mask=at < n)
+
+    @triton.jit
+    def _rmsnorm_kernel(x_ptr, w_ptr, y_ptr, r_ptr, rows, n, y_row, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         col = tl.arange(0, BLOCK)[None, :]
         inside = (row < rows) & (col < n)
@@ -51,7 +85,7 @@ if HAVE_TRITON:
         w = tl.load(w_ptr + col, mask=col < n, other=0.0).to(tl.float32)
         r = tl.rsqrt(tl.sum(x * x, axis=1)[:, None] / n + eps)
         tl.store(r_ptr + row, r, mask=row < rows)
-        tl.store(y_ptr + row * n + col, x * r * w, mask=inside)
+        tl.store(y_ptr + row * y_row + col, x * r * w, mask=inside)
 
     @triton.jit
     def _rmsnorm_backward_kernel(dy_ptr, x_ptr, w_ptr, r_ptr, dx_ptr, rows, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -113,49 +147,89 @@ def on_gpu(tensor: torch.Tensor) -> bool:
     return HAVE_TRITON and tensor.is_cuda
 
 
-def swiglu(gate_TI: torch.Tensor, up_TI: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, shape (T, I)."""
+def swiglu(gate_TI: torch.Tensor, up_TI: torch.Tensor, out_TI: torch.Tensor) -> None:
+    """silu(gate) * up into `out`; rows may be parts of longer ones, gate's and up's of the same length."""
     if not on_gpu(gate_TI):
-        return torch.nn.functional.silu(gate_TI) * up_TI
-    h_TI, n = torch.empty_like(gate_TI), gate_TI.numel()
-    _swiglu_kernel[(triton.cdiv(n, 4096),)](gate_TI, up_TI, h_TI, n, BLOCK=4096, num_warps=8)
-    return h_TI
+        torch.mul(torch.nn.functional.silu(gate_TI), up_TI, out=out_TI)
+        return
+    rows, n = gate_TI.shape
+    grid = (rows, triton.cdiv(n, 2048))
+    _swiglu_kernel[grid](gate_TI, up_TI, out_TI, n, gate_TI.stride(0), out_TI.stride(0), BLOCK=2048, num_warps=4)
 
 
-def swiglu_backward(
-    dh_TI: torch.Tensor, gate_TI: torch.Tensor, up_TI: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of gate and up, and h itself, each (T, I). On a GPU they overwrite the arguments: no new memory."""
+def swiglu_backward(dh_TI: torch.Tensor, gate_TI: torch.Tensor, up_TI: torch.Tensor) -> None:
+    """The gradients of gate and up take the place of these, and h = silu(gate) * up that of its gradient."""
     if not on_gpu(gate_TI):
         s_TI = torch.sigmoid(gate_TI)
         silu_TI = gate_TI * s_TI
-        return dh_TI * up_TI * s_TI * (1 + gate_TI * (1 - s_TI)), dh_TI * silu_TI, silu_TI * up_TI
-    n = gate_TI.numel()
-    _swiglu_backward_kernel[(triton.cdiv(n, 4096),)](dh_TI, gate_TI, up_TI, n, BLOCK=4096, num_warps=8)
-    return gate_TI, up_TI, dh_TI
+        dgate_TI, dup_TI, h_TI = dh_TI * up_TI * s_TI * (1 + gate_TI * (1 - s_TI)), dh_TI * silu_TI, silu_TI * up_TI
+        for old, new in ((gate_TI, dgate_TI), (up_TI, dup_TI), (dh_TI, h_TI)):
+            old.copy_(new)
+        return
+    rows, n = gate_TI.shape
+    grid = (rows, triton.cdiv(n, 2048))
+    _swiglu_backward_kernel[grid](dh_TI, gate_TI, up_TI, n, gate_TI.stride(0), dh_TI.stride(0), BLOCK=2048, num_warps=4)
+
+
+def fill_nf4(out_OI: torch.Tensor, packed: torch.Tensor, state: Any) -> None:
+    """Dequantise a bitsandbytes NF4 weight into `out`, whose rows may be parts of longer ones.
+
+    Two numbers a byte, the high half first; a scale for each `blocksize` of them, which may itself be 8 bits with a
+    scale for 256 and an offset (double quantisation; Dettmers et al., 2023).
+    """
+    nested, n = state.nested, out_OI.numel()
+    outer = state.state2.absmax if nested else state.absmax
+    outer_code = state.state2.code if nested else state.code
+    _nf4_kernel[(triton.cdiv(n // 2, 1024),)](
+        packed,
+        state.absmax,
+        state.code,
+        outer,
+        outer_code,
+        float(offset_of(state)),
+        out_OI,
+        n,
+        out_OI.shape[1],
+        out_OI.stride(0),
+        BLOCKSIZE=state.blocksize,
+        OUTER=state.state2.blocksize if nested else 1,
+        NESTED=nested,
+        BLOCK=1024,
+        num_warps=4,
+    )
+
+
+def offset_of(state: Any) -> float:
+    """The offset of double-quantised scales, on the host: read from the GPU once."""
+    if not state.nested:
+        return 0.0
+    if not hasattr(state, "offset_on_host"):
+        state.offset_on_host = float(state.offset)
+    return state.offset_on_host
 
 
 class RmsNorm(torch.autograd.Function):
     """x / sqrt(mean(x²) + eps) * weight over the last dimension, for a frozen weight (Zhang & Sennrich, 2019)."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Same shape as `x`; saves x and one float32 a row."""
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, tail: int) -> torch.Tensor:
+        """Same shape as `x`; saves x and one float32 a row. Behind each row there is room for `tail` more numbers."""
         n = x.shape[-1]
         x_MN = x.reshape(-1, n).contiguous()  # a slice of a wider product stays one through reshape
         rows = x_MN.shape[0]
+        y_MN = torch.empty(rows, n + tail, device=x.device, dtype=x.dtype)[:, :n]
         if on_gpu(x):
-            y_MN, r_M1 = torch.empty_like(x_MN), torch.empty(rows, 1, device=x.device, dtype=torch.float32)
+            r_M1 = torch.empty(rows, 1, device=x.device, dtype=torch.float32)
             grid, sizes = tiles(rows, n)
-            _rmsnorm_kernel[grid](x_MN, weight, y_MN, r_M1, rows, n, eps, **sizes)
+            _rmsnorm_kernel[grid](x_MN, weight, y_MN, r_M1, rows, n, n + tail, eps, **sizes)
         else:
             r_M1 = torch.rsqrt(x_MN.float().pow(2).mean(-1, keepdim=True) + eps)
-            y_MN = weight * (x_MN.float() * r_M1).to(x.dtype)
+            y_MN.copy_(weight * (x_MN.float() * r_M1).to(x.dtype))
         ctx.save_for_backward(x_MN, weight, r_M1)
         return y_MN.view(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         """The gradient of x."""
         x_MN, weight, r_M1 = ctx.saved_tensors
         dy_MN = grads[0].reshape(x_MN.shape).contiguous()
@@ -167,7 +241,7 @@ class RmsNorm(torch.autograd.Function):
         else:
             wdy_MN, xr_MN = weight.float() * dy_MN.float(), x_MN.float() * r_M1
             dx_MN = r_M1 * (wdy_MN - xr_MN * (wdy_MN * xr_MN).mean(-1, keepdim=True))
-        return dx_MN.to(x_MN.dtype).view(grads[0].shape), None, None
+        return dx_MN.to(x_MN.dtype).view(grads[0].shape), None, None, None
 
 
 def tiles(rows: int, n: int) -> tuple[tuple[int], dict[str, int]]:

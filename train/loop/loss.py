@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraport.train.loop.fused import dense
+from loraport.train.loop.groups import dense
 from loraport.train.loop.kernels import cross_entropy
 
 CHUNK_LOGITS = 2**26  # logits made at once; 134 MB in 16 bits

@@ -109,7 +109,8 @@ def is_right(model: Any, ways: Ways, wanted: Seen) -> bool:
     config = model.config.get_text_config()
     if ways.own_head and getattr(config, "final_logit_softcapping", None):
         return False  # small logits do not show it
-    if (ways.fused or ways.packed) and (getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0)):
+    drops = any(getattr(config, name, None) for name in ("attention_dropout", "attn_pdrop"))
+    if drops and (ways.fused or ways.packed):
         return False  # only training does, and only the model's own attention
     documents = documents_for(model)
     try:

@@ -52,10 +52,10 @@ class Coefficients:
     attention_temporaries: float = 2.0
     padding: float = 0.25  # attention.py, DENSE_WASTE: most that padded copies of q, k, v and output are larger
     residual_temporaries: int = 3  # gradient of the residual stream, of a layer's input, of a norm's output
-    # dense() makes one 16-bit copy at a time; * the allocator may hold a second one of another shape.
-    dequantised_copies: float = 2.0
-    # int8: the product with float32 scales comes before the 16-bit copy.
-    dequantised_copies_int8: float = 4.0
+    # groups.py makes one wide matrix in 16 bits at a time.
+    dequantised_copies: float = 1.0
+    # * int8: scales are float32, and so may be the product with them before it is stored.
+    dequantised_copies_int8: float = 3.0
     # bitsandbytes: tensors below 4,096 elements keep float32 states; one float32 scale per 256 for each state.
     small_tensor: int = 4096
     state_block: int = 256
@@ -159,8 +159,8 @@ class Counted:
         comes_and_goes = activations + largest + workspace
         return Parts(
             weights=self.weights(shards),
-            # In float32, and a copy in the type of the arithmetic (fused.py, `Group.refresh`).
-            adapter=4 * self.parameters // shards + load.types.width * self.parameters,
+            # In float32, and in the type of the arithmetic as groups need them (groups.py, `Group.refresh`).
+            adapter=4 * self.parameters // shards + load.types.width * self.thin,
             gradients=4 * self.parameters // shards,
             optimizer=self.optimizer // shards,
             activations=activations,
@@ -175,6 +175,21 @@ class Counted:
     def parameters(self) -> int:
         """Of the adapter."""
         return self.shape.trainable_parameters(self.load.rank, self.load.targets)
+
+    @cached_property
+    def groups(self) -> list[tuple[Linear, ...]]:
+        """All groups of linears that have an adapter, or could have one where the base is not fused."""
+        parts = (part for block in self.shape.blocks for part in (block.attention, block.mlp))
+        return [group for part in parts for group in groups(part)]
+
+    @cached_property
+    def thin(self) -> int:
+        """Elements of the thin matrices of all groups; those beside the weights of an unquantised base once more."""
+        thin = sum(wide_numbers(group, self.load)[0] for group in self.groups)
+        if not self.shape.is_fused or self.load.types.is_quantised:
+            return thin
+        wide = sum(wide_numbers(group, self.load)[1] for group in self.groups)
+        return thin + wide - sum(linear.parameters for group in self.groups for linear in group)
 
     @cached_property
     def optimizer(self) -> int:
@@ -193,10 +208,10 @@ class Counted:
 
     @cached_property
     def dequantised(self) -> int:
-        """Weights brought to 16 bits for a product: copies of the largest linear."""
+        """Weights brought to 16 bits for a product: copies of the largest group."""
         is_nf4 = self.load.types.held == "nf4"
         copies = self.known.dequantised_copies if is_nf4 else self.known.dequantised_copies_int8
-        return int(copies * self.load.types.width * max(linear.parameters for linear in self.shape.linears))
+        return int(copies * self.load.types.width * max(wide_numbers(group, self.load)[1] for group in self.groups))
 
     @cached_property
     def layers(self) -> list[int]:
@@ -324,10 +339,33 @@ def mlp_bytes(block: Block, shape: Shape, load: Load) -> int:
 
 
 def lora_bytes(linears: tuple[Linear, ...], load: Load) -> int:
-    """x·A of each targeted linear, and with dropout a mask of each input in its type: q, k and v share one."""
-    targeted = [linear for linear in linears if is_target(linear, load.targets)]
-    inputs = {(linear.name in LEAVING, linear.inputs) for linear in targeted} if load.dropout else set()
-    return load.types.width * (len(targeted) * load.rank + sum(size for _, size in inputs))
+    """x·A of each group, and with dropout a mask of each input in its type: q, k and v share one.
+
+    Behind gate and up there is as much room once more, for their gradients' products.
+    """
+    numbers = 0
+    for group in groups(linears):
+        targeted = [linear for linear in group if is_target(linear, load.targets)]
+        numbers += group_rank(group, load) * (2 if len(group) == 2 else 1)
+        numbers += group[0].inputs if targeted and load.dropout else 0
+    return load.types.width * numbers
+
+
+def groups(linears: tuple[Linear, ...]) -> list[tuple[Linear, ...]]:
+    """Linears that are computed as one (train/loop/groups.py): those that read a layer's norm, and each other one."""
+    entering = tuple(linear for linear in linears if linear.name not in LEAVING)
+    return [group for group in (entering, *((each,) for each in linears if each.name in LEAVING)) if group]
+
+
+def group_rank(group: tuple[Linear, ...], load: Load) -> int:
+    """The ranks of a group's adapters, rounded up to ALIGNED of train/loop/groups.py."""
+    return -(-load.rank * sum(is_target(linear, load.targets) for linear in group) // 8) * 8
+
+
+def wide_numbers(group: tuple[Linear, ...], load: Load) -> tuple[int, int]:
+    """Elements of a group's thin matrices (s·A and B), and of the wide matrix that holds them beside the weights."""
+    rank, outputs, inputs = group_rank(group, load), sum(each.outputs for each in group), group[0].inputs
+    return rank * (outputs + inputs), (outputs + rank) * (inputs + rank)
 
 
 def loss_bytes(shape: Shape, load: Load, tokens: int, trained: int, known: Coefficients = COEFFICIENTS) -> int:
