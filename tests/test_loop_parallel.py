@@ -1,18 +1,26 @@
-"""Several processes of one run, under torchrun on the CPU: the same weights as one process gives."""
+"""Several processes of one run, on the CPU: the same weights as one process gives."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from loraport.clients.errors import Refused
+from loraport.clients.home import Home
+from loraport.train.adapters import WEIGHTS, Adapter, versions
+from loraport.train.config import RunConfig
 from loraport.train.loop.checkpoints import step_of, whole
+from loraport.train.run import train
 from tests.conftest import ROOT, free_port
 from tests.loop import assert_same, weights_of
 from tests.loop_run import learned, run
+from tests.test_train_run import write_rows
 
 
 def test_two_processes_are_one_run(tmp_path: Path) -> None:
@@ -39,3 +47,28 @@ def test_two_processes_are_one_run(tmp_path: Path) -> None:
     # The seal was set when both had written what is theirs.
     sealed = json.loads((together / "checkpoint-9/loraport.json").read_text())["files"]
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= sealed.keys()
+
+
+def parallel_run(home: Home, base: Path, data: Path, name: str, **settings: Any) -> Adapter:
+    """A whole `train` with two processes on the CPU, unless the settings say otherwise."""
+    given = {"model": str(base), "data": data, "name": name, "epochs": 1, "batch_size": 4, "rank": 8, "gpus": 2}
+    return train(RunConfig.model_validate(given | {"learning_rate": 1e-2, "eval_prompts": 2} | settings), home)
+
+
+def test_a_run_on_two_processes_stores_what_one_would(tiny_base: Path, tmp_path: Path, home: Home) -> None:
+    data = write_rows(tmp_path / "rows.jsonl")
+    two = parallel_run(home, tiny_base, data, "two")
+    one = parallel_run(home, tiny_base, data, "one", gpus=1)
+    weights = [load_file(adapter.folder / WEIGHTS) for adapter in (two, one)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-5)
+    assert two.manifest.metrics["eval_loss"] == pytest.approx(one.manifest.metrics["eval_loss"], rel=1e-4)
+    assert two.manifest.golden and (two.folder / "report.html").is_file()
+
+
+def test_why_one_of_the_processes_ended_is_told(tiny_base: Path, tmp_path: Path, home: Home) -> None:
+    data = write_rows(tmp_path / "rows.jsonl")
+    with pytest.raises(Refused, match="the run diverged"):
+        parallel_run(home, tiny_base, data, "wild", learning_rate=1e30)
+    assert versions(home, "wild") == []

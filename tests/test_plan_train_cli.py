@@ -54,7 +54,7 @@ def test_the_document(mistral: Path) -> None:
     assert document["adapter_bytes"] > 4 * 6_815_744
     assert document["fits"] and sum(document["memory"].values()) == document["peak_memory_bytes"]
     assert document["peak_memory_bytes"] <= document["memory_limit_bytes"]
-    assert document["settings"]["micro_batch_tokens"] == 4096 and document["settings"]["computed"] == "float16"
+    assert document["settings"]["micro_batch_tokens"] >= 1024 and document["settings"]["computed"] == "float16"
     low, high = document["tokens_per_second_range"]
     assert low < document["tokens_per_second"] < high
     expected = 3477 * 1024 * document["settings"]["epochs"] / document["tokens_per_second"] / 3600

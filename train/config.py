@@ -114,6 +114,9 @@ class RunConfig(BaseModel):
         "memory. auto: as few as the memory allows; offload: all, their inputs kept in host memory.",
     )
     gpu_memory: float | None = Field(None, gt=0, description="GiB of GPU memory to stay within; default: what is free.")
+    gpus: int | None = Field(
+        None, ge=1, description="GPUs to train on, a part of each step's rows on each. Default: all."
+    )
     micro_batch_tokens: int | None = Field(
         None,
         ge=16,
@@ -224,7 +227,13 @@ SECTIONS = {
 }
 PLACES = {"model", "revision", "data", "eval_data"}  # where things lie: their content is hashed instead
 REPORTED = {"require", "track"}  # what is said of the result, and where
-MEMORY_ONLY = {"checkpointing", "gpu_memory", "micro_batch_tokens", "keep_checkpoints"}  # the result is the same
+MEMORY_ONLY = {
+    "checkpointing",
+    "gpu_memory",
+    "gpus",
+    "micro_batch_tokens",
+    "keep_checkpoints",
+}  # the result is the same
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's --max-lora-rank choices, 0.25 to 0.32
 
 

@@ -11,14 +11,14 @@ import math
 import os
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from loraport.clients.errors import Refused, ResourceError, UsageError, os_errors
+from loraport.clients.errors import ConfigError, Refused, ResourceError, UsageError, os_errors
 from loraport.clients.home import Home, require_disk
 from loraport.clients.rows import Message, Row
 from loraport.clients.terminal import say
@@ -78,10 +78,11 @@ def train(config: RunConfig, home: Home, force: bool = False, resume: bool = Fal
     held_out = data.eval_rows.rows(spread(len(data.eval_rows), HELD_OUT).tolist())  # now: the file may change meanwhile
     if check:
         try_references(check, held_out)
-    settings = choose_settings(resolved, base, data)
+    gpus = count_gpus(resolved)
+    settings = choose_settings(resolved, base, data, gpus)
     runs = run_folder(home, config.name)
     sealed = seal_of(resolved, found.both_sha256, inputs)
-    job = Job(resolved, base, identity, fingerprint, data, held_out, settings, choices, check, requirements)
+    job = Job(resolved, base, identity, fingerprint, data, held_out, settings, gpus, choices, check, requirements)
     with held(runs):
         checkpoint = choose_checkpoint(runs, sealed, force, resume)
         adapter = run_job(job, home, phases, runs, sealed, checkpoint)
@@ -100,16 +101,20 @@ class Job:
     data: Data
     held_out: list[Row]
     settings: Settings
+    gpus: int
     choices: list[defaults.Choice]
     check: Check | None
     requirements: list[Requirement]
 
+    @property
+    def disk(self) -> int:
+        """Bytes that the adapter will need, generously: in float32, and something for the report."""
+        facts = defaults.Facts.of_base(self.base.config)
+        return 4 * self.config.rank * (facts.width or 0) + SPARE_DISK
+
 
 def run_job(job: Job, home: Home, phases: Any, runs: Path, sealed: dict[str, Any], checkpoint: Path | None) -> Adapter:
     """Load, train, prove and store."""
-    from loraport.train.loop.fit import fit
-    from loraport.train.loop.lora import count_trainable, load_lora
-    from loraport.train.loop.progress import ProgressCallback
     from loraport.train.loop.tracking import Tracking, check_trackers
 
     config, started = job.config, time.monotonic()
@@ -117,28 +122,33 @@ def run_job(job: Job, home: Home, phases: Any, runs: Path, sealed: dict[str, Any
     with ExitStack() as stack:
         tracking = stack.enter_context(Tracking(config.track, home, config.name, config.model_dump(mode="json")))
         folder = stack.enter_context(PartialVersion(home, config.name))
-        with phases("loading the base"):
-            model = load_lora(job.base, config)
-            require_disk(folder, 4 * count_trainable(model) + SPARE_DISK, f"the adapter {config.name}")
-        progress = ProgressCallback()
-        stack.callback(progress.close)
-        with phases("training", bar=False):
-            outcome = fit(
-                model,
-                job.data.rows,
-                job.data.eval_rows,
-                config,
-                job.settings,
-                runs,
-                sealed,
-                resume=checkpoint,
-                callbacks=(progress,),
-                report_to=tracking.report_to,
-            )
+        require_disk(folder, job.disk, f"the adapter {config.name}")
+        model, outcome = fit_here(job, phases, runs, sealed, checkpoint, tracking.report_to)
         adapter = store(job, model, outcome, home, folder, phases, started)
         clear(runs)
         tracking.finish(adapter.folder, adapter.manifest.metrics)
         return adapter
+
+
+def fit_here(
+    job: Job, phases: Any, runs: Path, sealed: dict[str, Any], checkpoint: Path | None, report_to: list[str] | str
+) -> tuple[Any, Any]:
+    """The trained PeftModel and the outcome of the loop, on one GPU or several."""
+    from loraport.train.loop.fit import fit
+    from loraport.train.loop.launch import fit_on
+    from loraport.train.loop.lora import limit_memory, load_lora
+    from loraport.train.loop.progress import ProgressCallback
+
+    rest = (job.data.rows, job.data.eval_rows, job.config, job.settings, runs, sealed, checkpoint)
+    if job.gpus > 1:
+        with phases(f"training on {job.gpus} GPUs", bar=False):
+            return fit_on(job.gpus, job.base, *rest, report_to)
+    limit_memory(job.config)
+    with phases("loading the base"):
+        model = load_lora(job.base, job.config)
+    progress = ProgressCallback()
+    with phases("training", bar=False), closing(progress):
+        return model, fit(model, *rest, (progress,), report_to)
 
 
 def store(job: Job, model: Any, outcome: Any, home: Home, folder: Path, phases: Any, started: float) -> Adapter:
@@ -201,15 +211,30 @@ def try_references(check: Check, held_out: list[Row]) -> None:
         )
 
 
-def choose_settings(config: ResolvedConfig, base: Base, data: Data) -> Settings:
+def count_gpus(config: ResolvedConfig) -> int:
+    """GPUs that the run uses; ConfigError when there are fewer than were asked for. A CPU may stand for any number."""
+    import torch
+
+    here = torch.cuda.device_count()
+    if config.gpus and here and config.gpus > here:
+        raise ConfigError(f"--gpus {config.gpus}: there are {here} here.", "leave it away to use all")
+    return min(config.gpus or max(here, 1), config.batch_size)
+
+
+def choose_settings(config: ResolvedConfig, base: Base, data: Data, gpus: int) -> Settings:
     """How the run uses the memory here; ResourceError that says what would fit when nothing does."""
     from loraport.train.memory.machine import machine_for_run
     from loraport.train.memory.plan import plan, require_fit
     from loraport.train.memory.shapes import read_shape
 
     longest = max(int(data.rows.lengths.max()), int(data.eval_rows.lengths.max()))
-    made = plan(config, read_shape(base.config, base.model), machine_for_run(config.gpu_memory), longest)
+    made = plan(config, read_shape(base.config, base.model), machine_for_run(config.gpu_memory, gpus), longest)
     require_fit(made)
+    if made.settings.sharding == "fsdp":
+        raise ResourceError(
+            "the base fits these GPUs only in parts, a share on each (FSDP), which Loraport does not do yet.",
+            "use --load nf4, or GPUs with more memory",
+        )
     defaults.say_choices(made.choices)
     return Settings(made.settings.micro_batch_tokens, made.settings.checkpointed_layers, made.settings.offload)
 

@@ -92,12 +92,12 @@ def with_lora(model: Any, config: ResolvedConfig, targets: list[str]) -> Any:
 
 
 def load_base(base: Base, types: Types, double_quant: bool) -> Any:
-    """The base's weights on the first GPU or in memory."""
+    """The base's weights on this process's GPU or in memory."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     computed = getattr(torch, types.computed)
-    options: dict[str, Any] = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
+    options: dict[str, Any] = {"device_map": {"": torch.cuda.current_device()}} if torch.cuda.is_available() else {}
     if types.held == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -121,6 +121,15 @@ def load_base(base: Base, types: Types, double_quant: bool) -> Any:
             f"{base.model} cannot be loaded as a causal language model: {first_line(error)}.",
             f"its config.json says model_type {base.config.get('model_type')!r}; is it supported by this transformers?",
         ) from error
+
+
+def limit_memory(config: RunConfig) -> None:
+    """Have torch take no more of the GPU than --gpu-memory says, so that a run out of it is noticed here."""
+    import torch
+
+    if config.gpu_memory and torch.cuda.is_available():
+        whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, config.gpu_memory * 2**30 / whole))
 
 
 def quiet_transformers() -> None:

@@ -16,13 +16,13 @@ from loraport.train.memory.parts import Layout, Load
 from loraport.train.memory.shapes import Shape
 
 # Share of the data sheet's arithmetic that a step with many tokens reaches, and the tokens at which it reaches half of
-# that: kernels are launched and weights dequantised once a micro-step, however many tokens. From stock runs on one
-# H200, Mistral-7B's shape (8,471 and 11,873 tokens/s in bf16, 6,990 and 8,709 in NF4): to be replaced by our loop's.
-UTILISATION = {"nf4": 0.33, "int8": 0.30, "other": 0.36}
-HALF_SPEED_TOKENS = {"nf4": 2000, "int8": 2000, "other": 500}
+# that: kernels are launched and weights dequantised once a micro-step, however many tokens. From ten runs of ours on
+# one H200, shapes of 7B to 65B (docs/benchmarks/2026-11-22-h200-training); * int8 was not measured.
+UTILISATION = {"nf4": 0.57, "int8": 0.50, "other": 0.55}
+HALF_SPEED_TOKENS = {"nf4": 800, "int8": 800, "other": 200}
 # Estimated over real: measured GPU and not. Other GPUs reach more or less of their data sheet.
 MEASURED_ON = "H200"
-UNCERTAINTY, UNCERTAINTY_ELSEWHERE = (0.75, 1.75), (0.6, 2.0)
+UNCERTAINTY, UNCERTAINTY_ELSEWHERE = (0.85, 1.2), (0.5, 1.3)
 DDP_EFFICIENCY, FSDP_EFFICIENCY = 0.92, 0.75  # of one GPU's speed, for each of several; not measured yet
 OFFLOAD_EFFICIENCY = 0.85
 

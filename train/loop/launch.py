@@ -1,0 +1,180 @@
+"""The loop on several GPUs of this machine: a process for each, and the result back as if there had been one.
+
+Every process loads the base onto its GPU and runs the same `fit`; DistributedDataParallel sums their gradients. The
+rows of a step are dealt among them (`packing.StepSampler`), so the result is that of one GPU, to rounding. The adapter
+and the figures come back through files, and what follows the training happens in the process that started it.
+
+    >>> model, outcome = fit_on(2, base, rows, eval_rows, config, settings, runs, sealed)
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
+
+from loraport.clients import errors
+from loraport.clients.errors import LoraportError
+from loraport.clients.terminal import console
+from loraport.train.adapters import WEIGHTS
+from loraport.train.base_model import Base
+from loraport.train.config import ResolvedConfig
+from loraport.train.loop.fit import Outcome, fit
+from loraport.train.loop.lora import limit_memory, load_lora
+from loraport.train.loop.packing import Rows
+from loraport.train.loop.progress import ProgressCallback
+from loraport.train.loop.settings import Settings
+
+ERROR, OUTCOME, ADAPTER = "error.json", "outcome.json", "adapter"
+PATIENCE = 60.0  # seconds that processes have to write a checkpoint once they are asked to stop
+
+
+@dataclass(frozen=True)
+class Task:
+    """What each process is given. `folder`: where its results go."""
+
+    folder: Path
+    processes: int
+    port: int
+    base: Base
+    rows: Rows
+    eval_rows: Rows
+    config: ResolvedConfig
+    settings: Settings
+    runs: Path
+    sealed: dict[str, Any]
+    resume: Path | None
+    report_to: list[str] | str
+
+
+def fit_on(
+    gpus: int,
+    base: Base,
+    rows: Rows,
+    eval_rows: Rows,
+    config: ResolvedConfig,
+    settings: Settings,
+    runs: Path,
+    sealed: dict[str, Any],
+    resume: Path | None = None,
+    report_to: list[str] | str = "none",
+) -> tuple[Any, Outcome]:
+    """`fit` in `gpus` processes; the model with the trained adapter, on this process's device, and the outcome.
+
+    Raises what `fit` raises in any of them. Without GPUs the processes share the CPU.
+    """
+    with tempfile.TemporaryDirectory(prefix="loraport-") as name:
+        task = Task(
+            Path(name), gpus, free_port(), base, rows, eval_rows, config, settings, runs, sealed, resume, report_to
+        )
+        processes = start_processes(work, (task,), nprocs=gpus, join=False, start_method="spawn")
+        try:
+            while not processes.join(grace_period=PATIENCE):
+                pass
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            raise told(task.folder) or error from error
+        except BaseException:  # a signal: have them write their checkpoint, and wait for it
+            for process in processes.processes:
+                if process.is_alive():
+                    os.kill(process.pid, signal.SIGTERM)
+            for process in processes.processes:
+                process.join(PATIENCE)
+                process.kill()
+            raise
+        found = json.loads((task.folder / OUTCOME).read_text())
+        outcome = Outcome(found["metrics"], found["history"], Settings(**found["settings"]))
+        return load_trained(base, config, task.folder / ADAPTER), outcome
+
+
+def load_trained(base: Base, config: ResolvedConfig, folder: Path) -> Any:
+    """A fresh PeftModel with the weights of the adapter in `folder`."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    model = load_lora(base, config)
+    set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
+    return model
+
+
+def work(rank: int, task: Task) -> None:
+    """One process: the first one shows its progress and hands over the result."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(task.processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(task.port),
+    }
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+    console.quiet = rank > 0
+    progress = ProgressCallback()
+    try:
+        train_one(rank, task, progress)
+    except LoraportError as error:
+        tell(task.folder, {"kind": type(error).__name__, "arguments": [error.message, error.hint, list(error.details)]})
+        sys.exit(1)
+    except SystemExit as error:
+        tell(task.folder, {"exit": error.code})
+        raise
+    finally:
+        progress.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def train_one(rank: int, task: Task, progress: ProgressCallback) -> None:
+    """Load, train, and in the first process write the result."""
+    limit_memory(task.config)
+    model = load_lora(task.base, task.config)
+    outcome = fit(
+        model,
+        task.rows,
+        task.eval_rows,
+        task.config,
+        task.settings,
+        task.runs,
+        task.sealed,
+        resume=task.resume,
+        callbacks=(progress,),
+        report_to=task.report_to if rank == 0 else "none",
+    )
+    if rank == 0:
+        model.save_pretrained(task.folder / ADAPTER, save_embedding_layers=False)
+        document = {"metrics": outcome.metrics, "history": outcome.history, "settings": asdict(outcome.settings)}
+        (task.folder / OUTCOME).write_text(json.dumps(document))
+
+
+def tell(folder: Path, document: dict[str, Any]) -> None:
+    """Leave word why a process ended; the first one that does is heard."""
+    try:
+        with (folder / ERROR).open("x") as handle:
+            json.dump(document, handle)
+    except FileExistsError:
+        return
+
+
+def told(folder: Path) -> BaseException | None:
+    """The exception that a process left word of, if any did."""
+    if not (folder / ERROR).is_file():
+        return None
+    document = json.loads((folder / ERROR).read_text())
+    if "exit" in document:
+        return SystemExit(document["exit"])
+    message, hint, details = document["arguments"]
+    found: BaseException = getattr(errors, document["kind"])(message, hint, tuple(details))
+    return found
+
+
+def free_port() -> int:
+    """A port on 127.0.0.1 where nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
