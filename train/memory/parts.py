@@ -242,7 +242,7 @@ class Counted:
     def kept(self, layout: Layout) -> int:
         """What all layers keep for the backward pass.
 
-        Of a layer that is computed again its input alone; offloading moves that to the host, but for a few on their way.
+        Of a layer that is computed again its input alone; offloading moves those to the host, a few aside.
         """
         shape, width = self.shape, self.load.types.width
         whole = sum(self.layers[: len(shape.blocks) - layout.checkpointed]) * layout.tokens
