@@ -150,7 +150,7 @@ def explain_connection(error: Exception, base_url: str) -> EndpointError:
     if any(isinstance(cause, http_errors("UnsupportedProtocol")) for cause in causes):
         return EndpointError(f"{base_url!r} is not a URL.", "a base URL looks like http://127.0.0.1:8000/v1")
     if any(isinstance(cause, http_errors("ConnectError")) for cause in causes):
-        return EndpointError(f"nothing answers at {base_url}.", "start it: loraport serve NAME; or check --base-url")
+        return EndpointError(f"nothing answers at {base_url}.", "start it: loraport serve NAME; or check the URL")
     return EndpointError(
         f"{base_url} broke the connection off ({server_words(error.__cause__ or error)}).",
         "did the server die? its last lines say why",

@@ -90,7 +90,7 @@ class Shortfall(LoraportError):
 
 
 @contextlib.contextmanager
-def os_errors(doing: str, path: Path) -> Iterator[None]:
+def os_errors(doing: str, path: Path, hint: str = "check the path") -> Iterator[None]:
     """Turn the operating system's errors while `doing` something with `path` into ours.
 
     A full disk and a read-only place are refusals about this machine; the rest names the path as it is.
@@ -107,7 +107,7 @@ def os_errors(doing: str, path: Path) -> Iterator[None]:
             raise ResourceError(
                 f"no permission while {doing} {path}.", "check who owns it, or set LORAPORT_HOME elsewhere"
             ) from error
-        raise ResourceError(f"{error.strerror or error} while {doing} {path}.", "check the path") from error
+        raise ResourceError(f"{error.strerror or error} while {doing} {path}.", hint) from error
 
 
 def http_errors(name: str) -> tuple[type[Exception], ...]:

@@ -66,11 +66,14 @@ def read_gpu() -> Device | None:
     return Device("cuda", text, int(memory.total), int(memory.free), usable_cores(), has_bf16=major >= 8)
 
 
-def read_cpu() -> Device:
-    """The CPU and the memory that it can still hand out, whichever limit is the lowest."""
+def read_cpu(bound: bool = True) -> Device:
+    """The CPU and the memory that it can still hand out, whichever limit is the lowest.
+
+    `bound`: to the first memory node, as vLLM's worker is; training takes memory of all of them.
+    """
     memory = psutil.virtual_memory()
     limits = [memory.total], [memory.available]
-    for known in (read_cgroup(), read_node()):
+    for known in (read_cgroup(), read_node() if bound else None):
         if known:
             limits[0].append(known[0])
             limits[1].append(known[1])

@@ -52,7 +52,7 @@ class Home:
 
     def ensure(self, folder: Path) -> Path:
         """Make `folder` inside home with mode 0700 and return it."""
-        with os_errors("making", folder):
+        with os_errors("making", folder, "LORAPORT_HOME must be a folder that can be made and written"):
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return folder

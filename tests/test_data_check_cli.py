@@ -90,6 +90,20 @@ def test_fix_overwrites_nothing_and_leaves_nothing(
     assert there.read_text() == before and len(list(tmp_path.iterdir())) == 2
 
 
+def test_fix_never_replaces_the_rows_it_reads(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write(tmp_path / "rows.jsonl", ["{", ask("a", "b")])
+    held = write(tmp_path / "held.jsonl", [ask("c", "d")])
+    before = rows.read_text() + held.read_text()
+    (tmp_path / "link.jsonl").symlink_to(rows)
+    for out in (rows, held, tmp_path / "link.jsonl"):
+        given = (rows, "--eval-data", held, "--model", tiny_base, "--fix", out, "--force")
+        assert call(monkeypatch, "check", *given) == 2
+        assert "--fix would overwrite the rows in" in capsys.readouterr().err
+    assert rows.read_text() + held.read_text() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

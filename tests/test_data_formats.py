@@ -117,6 +117,27 @@ def test_a_row_that_does_not_fit_is_named(format: str, record: dict[str, Any], s
     assert says in caught.value.message and caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("format", "record"),
+    [
+        ("chat", r'{"messages": [{"role": "user", "content": "a \ud83d"}, {"role": "assistant", "content": "b"}]}'),
+        ("chat", r'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\udc00"}]}'),
+        ("prompt", r'{"prompt": "[{\"role\": \"user\", \"content\": \"\\ud83d\"}]", "completion": "b"}'),
+        ("text", r'{"text": "a \ud83d"}'),
+    ],
+)
+def test_half_a_character_is_no_text(tmp_path: Path, format: str, record: str) -> None:
+    """JSON can write what no tokenizer takes."""
+    (tmp_path / "rows.jsonl").write_text(record + "\n")
+    (row,) = iter_rows(tmp_path / "rows.jsonl", format)
+    assert isinstance(row, BadRow) and "is half a character" in row.error.message
+
+
+def test_a_whole_character_in_two_halves_is_one() -> None:
+    record = json.loads(r'{"prompt": "\ud83d\ude00", "completion": "b"}')
+    assert said(convert(record, "prompt", "rows.jsonl", 1))[0] == ("user", "\N{GRINNING FACE}")
+
+
 def test_a_file_has_one_format(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", CHAT, {"prompt": "a", "completion": "b"})
     with pytest.raises(DataError, match=r"line 2: no key 'messages' \(it has 'prompt', 'completion'\)"):

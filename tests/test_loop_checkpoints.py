@@ -12,7 +12,7 @@ from loraport.clients.errors import ConfigError, ResourceError
 from loraport.train.loop import trainer as trainer_module
 from loraport.train.loop.checkpoints import SEAL, clear, is_whole, newest, seal, step_of, unwritten, whole
 from loraport.train.loop.trainer import is_write_error
-from tests.loop import files_of
+from tests.loop import assert_same, files_of, weights_of
 from tests.loop_run import run
 
 IDENTITY = {"rows": "abc", "base": "def", "settings": {"rank": 16, "learning_rate": 2e-4}}
@@ -156,6 +156,16 @@ def test_an_old_seal_does_not_vouch_for_a_checkpoint_that_is_written_again(tmp_p
         run(tmp_path, resume=True, epochs=1)
     assert seen == [False]
     assert is_whole(tmp_path / "checkpoint-4")
+
+
+def test_the_best_weights_are_kept_though_no_checkpoint_was_due(tmp_path: Path) -> None:
+    model, outcome = run(tmp_path, eval_steps=1, save_steps=12, learning_rate=0.1)
+    best = int(outcome.metrics["best_step"])
+    assert 0 < best < 12 and outcome.metrics["eval_loss"] < outcome.metrics["last_eval_loss"]
+    with safe_open(tmp_path / f"checkpoint-{best}" / "adapter_model.safetensors", "pt") as stored:
+        found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    wanted = {name.replace(".default", ""): each for name, each in weights_of(model).items()}
+    assert_same(found, wanted)
 
 
 @pytest.fixture

@@ -211,7 +211,7 @@ def test_the_mask_keeps_the_share_that_it_should() -> None:
     linear = lora_on(base_of("llama"), dropout=0.25).get_base_model().model.layers[0].self_attn.q_proj
     fuse(linear)
     linear(torch.randn(1, 32))
-    (group,) = linear.groups
+    (group,) = linear.linear_groups
     mask = group.mask(torch.ones(400, 500))
     assert sorted(mask.unique().tolist()) == pytest.approx([0, 1 / 0.75])
     assert float((mask > 0).float().mean()) == pytest.approx(0.75, abs=0.005)
@@ -224,3 +224,7 @@ def test_a_weight_is_cast_for_the_arithmetic_alone() -> None:
     linear = torch.nn.Linear(4, 3).to(torch.bfloat16)
     assert dense(linear, torch.bfloat16) is linear.weight
     assert dense(linear, torch.float32).dtype == torch.float32
+
+
+def test_what_others_call_groups_is_none_of_ours() -> None:
+    forget(torch.nn.Sequential(torch.nn.Conv1d(1, 1, 1)))  # of an image encoder, or a convolution before attention

@@ -10,7 +10,8 @@ from loraport.clients.errors import ConfigError, Refused
 from loraport.clients.rows import Row
 from loraport.train.base_model import resolve
 from loraport.train.data.tokens import Encoder
-from loraport.train.loop.lora import Device, Types, choose_types, load_lora
+from loraport.train.loop.lora import Device, load_lora
+from loraport.train.memory.machine import Types, choose_types
 from loraport.train.proof.golden import golden_replies, greedy_reply
 from loraport.train.run import save_weights
 from tests.loop import config_for
@@ -80,6 +81,12 @@ def test_golden_replies_tell_adapter_and_base_apart(model: Any, encoder: Encoder
 )
 def test_types_follow_the_device(tiny_base: Path, load: str, device: Device, expected: Types) -> None:
     assert choose_types(config_for(str(tiny_base), load=load), device) == expected
+
+
+def test_a_base_is_held_in_the_type_of_the_arithmetic(tiny_base: Path) -> None:
+    config = config_for(str(tiny_base), load="fp32", compute_dtype="bf16")
+    linear = load_lora(resolve(str(tiny_base)), config).get_base_model().model.layers[0].mlp.up_proj
+    assert choose_types(config, Device.here()).held == str(linear.base_layer.weight.dtype).removeprefix("torch.")
 
 
 def test_weights_that_are_not_finite_are_not_stored(model: Any, tmp_path: Path) -> None:

@@ -10,15 +10,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from loraport.clients.errors import Refused
 from loraport.clients.home import Home
 from loraport.train.adapters import WEIGHTS, Adapter, versions
+from loraport.train.base_model import resolve as open_base
 from loraport.train.config import RunConfig
+from loraport.train.defaults import Facts, resolve
 from loraport.train.loop.checkpoints import step_of, whole
+from loraport.train.loop.launch import fit_on
+from loraport.train.loop.settings import Settings
+from loraport.train.loop.shards import Shards
 from loraport.train.run import train
 from tests.conftest import ROOT, free_port
-from tests.loop import assert_same, weights_of
+from tests.loop import ToyRows, assert_same, weights_of
 from tests.loop_run import learned, run
 from tests.test_train_run import write_rows
 
@@ -72,3 +78,47 @@ def test_why_one_of_the_processes_ended_is_told(tiny_base: Path, tmp_path: Path,
     with pytest.raises(Refused, match="the run diverged"):
         parallel_run(home, tiny_base, data, "wild", learning_rate=1e30)
     assert versions(home, "wild") == []
+
+
+def test_a_base_in_shares_learns_the_same(tmp_path: Path, tiny_base: Path, home: Home) -> None:
+    data = write_rows(tmp_path / "rows.jsonl")
+    given = {
+        "model": str(tiny_base),
+        "data": data,
+        "name": "x",
+        "epochs": 2,
+        "batch_size": 4,
+        "rank": 8,
+        "dropout": 0.0,
+    }
+    config, _ = resolve(RunConfig.model_validate(given | {"learning_rate": 1e-2}), Facts(rows=12, eval_rows=3))
+    found = {}
+    for name, settings in {"whole": Settings(60, 1), "shares": Settings(60, 1, sharded=True)}.items():
+        model, outcome = fit_on(
+            2, open_base(str(tiny_base)), ToyRows(12), ToyRows(3, 1), config, settings, tmp_path / name, {}
+        )
+        found[name] = {key: value.detach() for key, value in model.named_parameters() if value.requires_grad}
+        assert outcome.settings == settings
+    for key, value in found["whole"].items():
+        torch.testing.assert_close(value, found["shares"][key], rtol=1e-4, atol=1e-6)
+
+
+def test_a_layer_is_there_only_while_it_is_used(tiny_base: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    weight = model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    model.requires_grad_(False)
+    whole, ids = weight.detach().clone(), torch.arange(3, 20)[None]
+    wanted = model(input_ids=ids).logits
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        shards = Shards(model, 0, 1, torch.device("cpu"))
+        assert weight.numel() == 0
+        assert sum(shard.part.numel() for shard in shards.shards) >= 4 * 2 * whole.numel()
+        torch.testing.assert_close(model(input_ids=ids).logits, wanted)
+        assert weight.numel() == 0
+        shards.shards[1].take()
+        assert torch.equal(weight, whole)
+        shards.release()
+        assert weight.numel() == 0
+    finally:
+        torch.distributed.destroy_process_group()

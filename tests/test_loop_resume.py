@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from loraport.train.loop import fit as fit_module
 from loraport.train.loop.checkpoints import is_whole, step_of, whole
 from tests.conftest import ROOT
 from tests.loop import weights_of
@@ -102,6 +103,19 @@ def test_a_signal_saves_and_the_run_can_go_on(
     assert all(torch.equal(each, weights_of(unhindered)[name]) for name, each in weights_of(model).items())
 
 
+class LateSignal(Signal):
+    """Sends it when the step is nearly done."""
+
+    on_step_begin = TrainerCallback.on_step_begin
+    on_pre_optimizer_step = Signal.on_step_begin
+
+
+def test_a_signal_late_in_a_step_ends_with_that_step(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        run(tmp_path, callbacks=(LateSignal(signal.SIGTERM, 5),))
+    assert [step_of(path) for path in whole(tmp_path)] == [3, 5]
+
+
 def test_the_checkpoint_of_a_signal_is_kept_beside_the_best(tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         run(tmp_path, callbacks=(Signal(signal.SIGTERM, 5),), keep_checkpoints=1, learning_rate=1e-9)
@@ -112,11 +126,31 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     process = start(tmp_path, "--pause", "60")
     assert process.stderr is not None
     wait_for(process, tmp_path.joinpath("begun").exists)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
     assert "once more to stop at once" in process.stderr.readline()
-    process.send_signal(signal.SIGTERM)
-    finish(process, -signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in process.communicate(timeout=120)[1] and process.returncode != 0
     assert not whole(tmp_path)
+
+
+def test_a_signal_to_the_process_and_its_group_is_one(tmp_path: Path) -> None:
+    """As `timeout` sends it; and on several GPUs it comes from the process that started this one as well."""
+    with pytest.raises(SystemExit):
+        run(tmp_path, callbacks=(Signal(signal.SIGTERM, 5), Signal(signal.SIGTERM, 5)))
+    assert [step_of(path) for path in whole(tmp_path)] == [3, 5]
+
+
+def test_a_signal_before_the_first_step_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = fit_module.make_trainer
+
+    def make(*given: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return own(*given)
+
+    monkeypatch.setattr(fit_module, "make_trainer", make)
+    with pytest.raises(SystemExit):
+        run(tmp_path)
+    assert [step_of(path) for path in whole(tmp_path)] == [1]
 
 
 def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing import ProcessExitedException
 from transformers import TrainerCallback
 
 from loraport.clients.errors import Refused, ResourceError
 from loraport.train.loop import loss as loss_module
 from loraport.train.loop.checkpoints import step_of, whole
 from loraport.train.loop.fit import fit
+from loraport.train.loop.launch import killed
 from loraport.train.loop.settings import Settings, checkpointed, step_down
 from tests.loop import ToyRows, assert_same, base_of, config_for, lora_on, weights_of
 
@@ -151,3 +153,10 @@ def test_the_ladder_goes_down_to_one_row_and_the_host() -> None:
 def test_the_words_for_checkpointing_are_numbers_of_layers() -> None:
     modes = ("off", "half", "full", "offload", "auto")
     assert [checkpointed(mode, 5) for mode in modes] == [0, 2, 5, 5, 0]
+
+
+def test_a_process_that_the_kernel_ended_is_told_as_such() -> None:
+    died = ProcessExitedException("-9", 1, 4711, -9, "SIGKILL")
+    told = killed(died)
+    assert told is not None and "the process of GPU 1 was ended by SIGKILL" in told.message
+    assert killed(ProcessExitedException("1", 1, 4711, 1)) is None

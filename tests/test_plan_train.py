@@ -337,6 +337,8 @@ def test_types_follow_the_machine() -> None:
     assert choose_types(config_of(load="auto"), Machine("cpu", "CPU", GIB)) == Types("float32", "float32")
     with pytest.raises(ConfigError, match="needs an NVIDIA GPU"):
         choose_types(config_of(load="nf4"), Machine("cpu", "CPU", GIB))
+    with pytest.raises(ConfigError, match="paged_adamw_8bit needs an NVIDIA GPU"):
+        load_of(config_of(load="auto", optimizer="paged_adamw_8bit"), Machine("cpu", "CPU", GIB))
 
 
 def test_shapes_match_a_real_model_and_a_real_adapter(tiny_base: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from loraport.clients.errors import ConfigError, ResourceError
 from loraport.clients.rows import Row
 from loraport.train.data.tokens import Encoder
 from loraport.train.proof import generate as generate_module
-from loraport.train.proof.check import CheckFailed, load_check, try_check
+from loraport.train.proof.check import CheckFailed, check_sha256, load_check, try_check
 from loraport.train.proof.evaluate import compare, hold_out, score
 from loraport.train.proof.generate import batches, generate, reply_limit
 from loraport.train.proof.golden import greedy_reply
@@ -255,6 +255,16 @@ def test_a_function(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         load_check(f"python:{file}:strange").judge("tea", row)
     with pytest.raises(CheckFailed, match="SystemExit: bye"):
         load_check(f"python:{file}:leaves").judge("tea", row)
+
+
+def test_a_check_is_what_its_file_says_wherever_it_lies(tmp_path: Path) -> None:
+    (tmp_path / "checks.py").write_text(CHECKS)
+    (tmp_path / "moved.py").write_text(CHECKS)
+    (tmp_path / "other.py").write_text(CHECKS + "\n")
+    first, moved, other = (check_sha256(f"python:{tmp_path}/{name}.py:good") for name in ("checks", "moved", "other"))
+    assert first == moved != other
+    assert check_sha256(f"python:{tmp_path}/checks.py:half") != first
+    assert check_sha256("regex:a:b") != check_sha256("regex:b")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from loraport.clients.errors import ConfigError, EndpointError, Shortfall
 from loraport.clients.home import Home
 from loraport.train.loop import tracking
-from loraport.train.loop.tracking import Tracking, check_trackers, flatten, without_password
+from loraport.train.loop.tracking import Tracking, check_trackers, flatten, without_password, without_passwords
 from tests.conftest import ROOT, free_port
 
 MLFLOW = "mlflow==3.17.2"
@@ -125,6 +125,17 @@ def test_wandb_without_a_key_stays_offline(home: Home, tmp_path: Path, adapter: 
     assert b"learning_rate" in raw and b"adapter_model.safetensors" in raw
 
 
+def test_steps_of_other_processes_are_sent_at_the_end(home: Home) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    with Tracking(("mlflow", "tensorboard"), home, "demo", {}) as tracked:
+        assert tracked.report_elsewhere == ["tensorboard"]
+        tracked.replay([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5, "epoch": 0.5}])
+    client = mlflow.MlflowClient(f"sqlite:///{home.root}/tracking/mlflow/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("loraport").experiment_id])
+    losses = client.get_metric_history(run.info.run_id, "loss")
+    assert [(each.step, each.value) for each in losses] == [(1, 2.0), (2, 1.5)]
+
+
 @pytest.mark.parametrize(("error", "status"), [(ValueError("bug"), "FAILED"), (Shortfall("short"), "FINISHED")])
 def test_how_a_run_ended_is_recorded(home: Home, error: Exception, status: str) -> None:
     mlflow = pytest.importorskip("mlflow")
@@ -174,6 +185,7 @@ def test_a_tracker_that_breaks_costs_a_warning(
 def test_parameters_are_flat_and_addresses_without_password() -> None:
     assert flatten({"a": {"b": 1, "c": None}, "d": (1, 2)}) == {"a.b": 1, "d": "1, 2"}
     assert without_password("http://me:pw@host:5000/x") == "http://host:5000/x"
+    assert without_passwords("API request to https://me:p@h:5/api failed") == "API request to https://h:5/api failed"
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,8 @@ def test_a_hub_id_in_a_file_stays_one(tmp_path: Path) -> None:
         ("eval_steps: 50\nsave_steps: 70", "--save-steps 70 must be a multiple of --eval-steps 50", ""),
         ("target_modules: [all-linear, q_proj]", "--target-modules all-linear stands alone", ""),
         ("- a list", "must hold keys and values", "train.yaml"),
-        ("a: b: c", "is not YAML", "indentation"),
+        ("a: b: c", "line 1, is not YAML: mapping values are not allowed here.", "indentation"),
+        ("track: [tensorboard, foo]", "track in", "Also record the run"),
     ],
 )
 def test_mistakes_in_a_file(tmp_path: Path, text: str, message: str, hint: str) -> None:

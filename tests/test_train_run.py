@@ -23,9 +23,11 @@ from loraport.train.adapters import (
 )
 from loraport.train.base_model import resolve
 from loraport.train.config import RunConfig
+from loraport.train.defaults import Facts
+from loraport.train.defaults import resolve as derive
 from loraport.train.loop.checkpoints import held, run_folder
 from loraport.train.manifest import Manifest
-from loraport.train.run import train
+from loraport.train.run import count_gpus, train
 from tests.models import make_tiny_base
 
 
@@ -195,13 +197,13 @@ def test_an_unfinished_run_is_not_thrown_away(
         patch.setattr("loraport.train.proof.golden.golden_replies", fall)
         train(config, home)
     assert versions(home, "colours") == []
-    with pytest.raises(UsageError, match="was ended behind step 3") as caught:
+    with pytest.raises(UsageError, match="was ended after step 3") as caught:
         train(config, home)
     assert "--resume" in caught.value.hint and "--force" in caught.value.hint
     with pytest.raises(ConfigError, match=r"learning_rate \(0.01 to 0.001\) changed"):
         train(config.model_copy(update={"learning_rate": 1e-3}), home, resume=True)
     resumed = train(config, home, resume=True)
-    assert "continuing behind step 3" in capsys.readouterr().err
+    assert "continuing after step 3" in capsys.readouterr().err
     again = train(config, home, force=True)
     assert (resumed.folder / WEIGHTS).read_bytes() == (again.folder / WEIGHTS).read_bytes()
     with pytest.raises(UsageError, match="no checkpoint"):
@@ -269,3 +271,16 @@ def test_an_unknown_architecture_is_refused(tiny_base: Path, tmp_path: Path, con
     (copy / "config.json").write_text(json.dumps(settings))
     with pytest.raises(BaseModelError):
         train(config.model_copy(update={"model": str(copy)}), home)
+
+
+def test_gpus_that_a_step_has_no_rows_for_are_said(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    resolved, _ = derive(config.model_copy(update={"gpus": 8, "batch_size": 2}), Facts(rows=12))
+    assert count_gpus(resolved) == 2
+    assert "2 of 8 GPUs are used" in capsys.readouterr().err
+
+
+def test_force_and_resume_contradict() -> None:
+    from loraport.train.cli import train as command
+
+    with pytest.raises(UsageError, match="--force begins anew, and --resume goes on"):
+        command(None, force=True, resume=True, json=False)

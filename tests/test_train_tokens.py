@@ -7,7 +7,7 @@ import pytest
 
 from loraport.clients.errors import BaseModelError, DataError
 from loraport.clients.rows import Row
-from loraport.train.data.tokens import IGNORED, Encoder, encode_rows
+from loraport.train.data.tokens import IGNORED, Encoder
 from tests.models import CHATML, make_tiny_base
 
 PLAIN = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
@@ -130,14 +130,6 @@ def test_the_prompt_is_what_precedes_the_trained_part(tiny_base: Path) -> None:
         i for i, label in enumerate(example.labels[:-1]) if label == IGNORED and example.labels[i + 1] != IGNORED
     )
     assert encoder.prompt(TWO.prompt) == example.input_ids[: last + 1].tolist()
-
-
-def test_long_rows_are_refused_with_their_lines_and_the_length_to_ask_for(tiny_base: Path) -> None:
-    encoder = Encoder.load(tiny_base)
-    longest = len(encoder.encode(TWO).input_ids)
-    with pytest.raises(DataError, match=r"rows.jsonl: 1 of 2 rows are longer than 30 tokens \(lines 7\)") as caught:
-        encode_rows(encoder, [ONE, TWO], 30, Path("rows.jsonl"))
-    assert f"--sequence-length {longest}" in caught.value.hint
 
 
 def test_a_model_without_a_chat_template_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from typer.core import TyperCommand
 
-from loraport.clients.errors import AdapterError
+from loraport.clients.errors import AdapterError, UsageError
 from loraport.clients.home import Home
 from loraport.clients.terminal import console, print_json, program, say
 from loraport.train.adapters import Adapter, adapter_names, open_adapter, versions
@@ -17,6 +17,8 @@ from loraport.train.manifest import Manifest
 
 def train(config: Path | None, force: bool, resume: bool, json: bool, **flags: Any) -> None:
     """Train a LoRA adapter on rows and prove it."""
+    if force and resume:
+        raise UsageError("--force begins anew, and --resume goes on.", "give one of them")
     resolved = load_config(config, flags)
     from loraport.train.run import train as run
 
@@ -36,7 +38,7 @@ def report(adapter: Adapter) -> None:
         f"trained in {manifest.metrics['seconds']:.0f} s",
         "bold",
     )
-    say(f"  {adapter.folder}")
+    say(f"  {adapter.folder}  (look at report.html there)")
     say(f"next: {program()} serve {manifest.name}")
 
 
@@ -118,7 +120,7 @@ def list_adapters(json: Annotated[bool, typer.Option("--json", help="Print one J
     if manifests:
         console.print(table)
     else:
-        say(f"no adapters in {home.adapters}; train one: loraport train --name NAME --data rows.jsonl --model MODEL")
+        say(f"no adapters in {home.adapters}; train one: {program()} train --name NAME --data rows.jsonl --model MODEL")
 
 
 @adapters.command("show")

@@ -225,7 +225,7 @@ SECTIONS = {
     "eval_rows": "Evaluation and checkpoints",
     "eval_prompts": "Proof and tracking",
 }
-PLACES = {"model", "revision", "data", "eval_data"}  # where things lie: their content is hashed instead
+PLACES = {"model", "revision", "data", "eval_data", "check"}  # where things lie: their content is hashed instead
 REPORTED = {"require", "track"}  # what is said of the result, and where
 MEMORY_ONLY = {
     "checkpointing",
@@ -280,7 +280,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
                 raise ConfigError(f"there is no configuration file {path}.", "check the path after --config")
             values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.", "check the indentation") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}," if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(f"{path}{where} is not YAML: {problem}.", "check the indentation") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values.", "see examples/demo/train.yaml")
     for key in ("data", "eval_data", "model"):
@@ -304,7 +307,7 @@ def explain_invalid(error: ValidationError, where: str) -> ConfigError:
 
     found = error.errors()
     first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
-    key = ".".join(str(part) for part in first["loc"])
+    key = str(first["loc"][0]) if first["loc"] else ""  # of a list the whole, not the place in it
     if first["type"] == "extra_forbidden":
         near = get_close_matches(key, RunConfig.model_fields, 1)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(RunConfig.model_fields)}"

@@ -192,7 +192,7 @@ def choose_evaluations(
     epochs = math.ceil(total / an_epoch)
     times = max(epochs, min(EVAL_MOST, total // apart))
     if times == epochs:
-        return min(an_epoch, total), "after each epoch"
+        return min(an_epoch, total), "after each epoch" if total >= an_epoch else "at the end"
     return math.ceil(total / times), f"{times} times, at most {EVAL_SHARE:.0%} of the time"
 
 

@@ -32,7 +32,7 @@ from loraport.train.data.tokens import Encoder
 from loraport.train.loop.checkpoints import clear, held, newest, run_folder, step_of, whole
 from loraport.train.loop.settings import Settings
 from loraport.train.manifest import BaseIdentity, Golden, Manifest
-from loraport.train.proof.check import Check, load_check, try_check
+from loraport.train.proof.check import Check, check_sha256, load_check, try_check
 from loraport.train.proof.gate import Requirement, check_requirements, find_unmet, parse_requirements
 from loraport.train.weights import read_safetensors_shapes
 
@@ -58,7 +58,8 @@ def train(config: RunConfig, home: Home, force: bool = False, resume: bool = Fal
     base = resolve(config.model, config.revision)
     identity = identify(base)
     inputs = identity.hashes | {"replies": reply_settings_sha256(base), "recipe": str(RECIPE)}
-    fingerprint = config.fingerprint(found.both_sha256, inputs)
+    judged = {"check": check_sha256(config.check)} if config.check else {}
+    fingerprint = config.fingerprint(found.both_sha256, inputs | judged)
     existing = None if force else find_same(home, config.name, fingerprint)
     if existing:
         say(f"{config.name} {existing.manifest.version} is up to date: same rows, settings and base.")
@@ -67,7 +68,9 @@ def train(config: RunConfig, home: Home, force: bool = False, resume: bool = Fal
 
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read when torch first allocates
     from loraport.train.loop.progress import Phases
+    from loraport.train.loop.tracking import check_trackers
 
+    check_trackers(config.track)
     phases = Phases()
     with phases("reading and tokenising rows"):
         facts = defaults.Facts.of_base(base.config)
@@ -115,15 +118,14 @@ class Job:
 
 def run_job(job: Job, home: Home, phases: Any, runs: Path, sealed: dict[str, Any], checkpoint: Path | None) -> Adapter:
     """Load, train, prove and store."""
-    from loraport.train.loop.tracking import Tracking, check_trackers
+    from loraport.train.loop.tracking import Tracking
 
     config, started = job.config, time.monotonic()
-    check_trackers(config.track)
     with ExitStack() as stack:
         tracking = stack.enter_context(Tracking(config.track, home, config.name, config.model_dump(mode="json")))
         folder = stack.enter_context(PartialVersion(home, config.name))
         require_disk(folder, job.disk, f"the adapter {config.name}")
-        model, outcome = fit_here(job, phases, runs, sealed, checkpoint, tracking.report_to)
+        model, outcome = fit_here(job, phases, runs, sealed, checkpoint, tracking)
         adapter = store(job, model, outcome, home, folder, phases, started)
         clear(runs)
         tracking.finish(adapter.folder, adapter.manifest.metrics)
@@ -131,7 +133,7 @@ def run_job(job: Job, home: Home, phases: Any, runs: Path, sealed: dict[str, Any
 
 
 def fit_here(
-    job: Job, phases: Any, runs: Path, sealed: dict[str, Any], checkpoint: Path | None, report_to: list[str] | str
+    job: Job, phases: Any, runs: Path, sealed: dict[str, Any], checkpoint: Path | None, tracking: Any
 ) -> tuple[Any, Any]:
     """The trained PeftModel and the outcome of the loop, on one GPU or several."""
     from loraport.train.loop.fit import fit
@@ -141,14 +143,16 @@ def fit_here(
 
     rest = (job.data.rows, job.data.eval_rows, job.config, job.settings, runs, sealed, checkpoint)
     if job.gpus > 1:
-        with phases(f"training on {job.gpus} GPUs", bar=False):
-            return fit_on(job.gpus, job.base, *rest, report_to)
+        with phases(f"training in {job.gpus} processes", bar=False):
+            model, outcome = fit_on(job.gpus, job.base, *rest, tracking.report_elsewhere)
+        tracking.replay(outcome.history)
+        return model, outcome
     limit_memory(job.config)
     with phases("loading the base"):
         model = load_lora(job.base, job.config)
     progress = ProgressCallback()
     with phases("training", bar=False), closing(progress):
-        return model, fit(model, *rest, (progress,), report_to)
+        return model, fit(model, *rest, (progress,), tracking.report_to)
 
 
 def store(job: Job, model: Any, outcome: Any, home: Home, folder: Path, phases: Any, started: float) -> Adapter:
@@ -218,7 +222,14 @@ def count_gpus(config: ResolvedConfig) -> int:
     here = torch.cuda.device_count()
     if config.gpus and here and config.gpus > here:
         raise ConfigError(f"--gpus {config.gpus}: there are {here} here.", "leave it away to use all")
-    return min(config.gpus or max(here, 1), config.batch_size)
+    wanted = config.gpus or max(here, 1)
+    if wanted > config.batch_size:
+        say(
+            f"note: {config.batch_size} of {wanted} GPUs are used, one for each row of a step; a larger --batch-size "
+            f"uses more, with another result",
+            "yellow",
+        )
+    return min(wanted, config.batch_size)
 
 
 def choose_settings(config: ResolvedConfig, base: Base, data: Data, gpus: int) -> Settings:
@@ -230,18 +241,15 @@ def choose_settings(config: ResolvedConfig, base: Base, data: Data, gpus: int) -
     longest = max(int(data.rows.lengths.max()), int(data.eval_rows.lengths.max()))
     made = plan(config, read_shape(base.config, base.model), machine_for_run(config.gpu_memory, gpus), longest)
     require_fit(made)
-    if made.settings.sharding == "fsdp":
-        raise ResourceError(
-            "the base fits these GPUs only in parts, a share on each (FSDP), which Loraport does not do yet.",
-            "use --load nf4, or GPUs with more memory",
-        )
     defaults.say_choices(made.choices)
-    return Settings(made.settings.micro_batch_tokens, made.settings.checkpointed_layers, made.settings.offload)
+    chosen = made.settings
+    return Settings(chosen.micro_batch_tokens, chosen.checkpointed_layers, chosen.offload, chosen.sharding == "fsdp")
 
 
 def seal_of(config: ResolvedConfig, data_sha256: str, inputs: dict[str, str]) -> dict[str, Any]:
-    """What a checkpoint must have in common with the run that continues from it."""
-    settings = config.model_dump(mode="json", exclude=PLACES | {"name"} | MEMORY_ONLY | REPORTED)
+    """What a checkpoint must have in common with the run that continues from it: all but what follows the training."""
+    afterwards = REPORTED | {"eval_prompts", "check"}
+    settings = config.model_dump(mode="json", exclude=PLACES | {"name"} | MEMORY_ONLY | afterwards)
     return {"settings": settings, "the rows": data_sha256, "the base": inputs}
 
 
@@ -254,12 +262,12 @@ def choose_checkpoint(runs: Path, sealed: dict[str, Any], force: bool, resume: b
         checkpoint = newest(runs, sealed)
         if checkpoint is None:
             raise UsageError(f"there is no checkpoint in {runs} to continue from.", "start without --resume")
-        say(f"continuing behind step {step_of(checkpoint)}")
+        say(f"continuing after step {step_of(checkpoint)}")
         return checkpoint
     unfinished = whole(runs)
     if unfinished and not force:
         raise UsageError(
-            f"a run of this name was ended behind step {step_of(unfinished[-1])}, and its checkpoint is in {runs}.",
+            f"a run of this name was ended after step {step_of(unfinished[-1])}, and its checkpoint is in {runs}.",
             "continue it with --resume, or begin anew with --force",
         )
     clear(runs)
@@ -320,7 +328,8 @@ def save_weights(model: Any, folder: Path) -> None:
 
 def describe(job: Job, model: Any, folder: Path, metrics: dict[str, float], golden: list[Golden]) -> Manifest:
     """The manifest of the adapter in `folder`; its version is given when it is published."""
-    from loraport.train.loop.lora import Device, choose_types, count_trainable
+    from loraport.train.loop.lora import Device, count_trainable
+    from loraport.train.memory.machine import choose_types
 
     config = job.config
     return Manifest(

@@ -170,8 +170,21 @@ def convert(record: Any, format: str, source: str, line: int, unit: str = "line"
         keys = ", ".join(map(repr, record)) or "nothing"
         raise DataError(f"{where}: no key {missing[0]!r} (it has {keys}).", HINTS[format])
     if build is None:
-        return Row([], line, None, check_text(record["text"], where), source, unit)
-    return Row(build(record, where), line, check_tools(record.get("tools"), where), None, source, unit)
+        return Row([], line, None, check_text(refuse_halves(record["text"], where), where), source, unit)
+    messages, tools = build(record, where), check_tools(record.get("tools"), where)
+    return Row(refuse_halves(messages, where), line, refuse_halves(tools, where), None, source, unit)
+
+
+def refuse_halves(value: Any, where: str) -> Any:
+    """`value`; DataError when a text in it has half of a UTF-16 pair, which JSON can write and no tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise DataError(
+            f"{where}: {half} is half a character.", "write the character whole, or remove the row"
+        ) from error
+    return value
 
 
 def check_text(text: Any, where: str) -> str:

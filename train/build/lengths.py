@@ -5,10 +5,10 @@
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 from loraport.clients.errors import BaseModelError
+from loraport.train.base_model import download, local_folder
 from loraport.train.build.documents import Counter
 
 CHARACTERS_A_TOKEN = 3.5  # of English documentation with code; tokenizers of 150,000 entries come to 3.5 to 4.5
@@ -40,28 +40,11 @@ def load(model: str) -> Any:
         raise BaseModelError(
             "counting tokens needs the package tokenizers.", 'pip install "loraport[train]", or leave --model out'
         ) from error
-    folder = Path(model).expanduser()
-    path = folder / "tokenizer.json"
-    if not folder.is_dir():
-        path = fetch(model)
+    wanted = ("tokenizer.json",)
+    path = (local_folder(model) or download(model, None, wanted).folder) / wanted[0]
     if not path.is_file():
         raise BaseModelError(f"{model} has no tokenizer.json.", "give another folder or hub id, or leave --model out")
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
         raise BaseModelError(f"{path} cannot be read: {error}.", "copy or download it again") from error
-
-
-def fetch(model: str) -> Path:
-    """tokenizer.json of a hub model, from the cache or downloaded."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(model, "tokenizer.json"))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BaseModelError(
-            f"the tokenizer of {model} cannot be downloaded: {said.rstrip('.')}.",
-            "check the name, or leave --model out",
-        ) from error

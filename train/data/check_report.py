@@ -40,7 +40,7 @@ def show_report(report: Report) -> None:
     say("")
     verdict = report.verdict
     say_wrapped(f"verdict: {verdict.message}", "", "bold green" if verdict.enough else "bold yellow")
-    if report.train.usable:
+    if report.train.usable and verdict.told_by != "--task":
         say_wrapped(f"(told by: {verdict.told_by}; --task says otherwise)", "  ", "dim")
 
 

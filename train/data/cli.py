@@ -70,7 +70,7 @@ def check_rows(
     json: Json = False,
 ) -> None:
     """Check every row on the exact tokens that training sees."""
-    from loraport.train.data.fix import check_target
+    from loraport.train.data.fix import check_target, refuse_own_rows
     from loraport.train.data.inputs import read_inputs
     from loraport.train.data.verdict import TASKS
 
@@ -87,6 +87,8 @@ def check_rows(
         format=format,
         sequence_length=sequence_length,
     )
+    if fix:
+        refuse_own_rows(fix, inputs.source, inputs.eval_source)
     from loraport.train.data.check import check
     from loraport.train.data.check_report import show_fixed, show_report
     from loraport.train.data.fix import fix as write_fixed
@@ -112,11 +114,9 @@ def check_rows(
         print_json(document)
     if errors:
         kinds = ", ".join(finding.kind.replace("_", " ") for finding in errors)
-        hint = (
-            "they are in the evaluation rows"
-            if fix
-            else f"{program()} data check ... --fix clean.jsonl leaves them out"
-        )
+        fixable = f"{program()} data check ... --fix clean.jsonl leaves them out"
+        hint = fixable if report.train.usable else "no row can be used: --fix would have nothing to keep"
+        hint = "they are in the evaluation rows" if fix else hint
         raise DataError(f"{inputs.source.name} has errors: {kinds}.", hint)
 
 

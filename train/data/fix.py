@@ -78,6 +78,13 @@ def check_target(out: Path, force: bool) -> None:
         raise UsageError(f"--fix writes JSONL, and {out} is named otherwise.", "give a name that ends in .jsonl")
 
 
+def refuse_own_rows(out: Path, *sources: Source | None) -> None:
+    """UsageError when the copy would replace rows that it is made of: what --fix leaves out would be lost."""
+    for path in (path for source in sources if source for path in source.files):
+        if out.exists() and out.samefile(path):
+            raise UsageError(f"--fix would overwrite the rows in {path}.", "choose another file for the cleaned copy")
+
+
 def fix(
     source: Source, eval_source: Source | None, encoder: Encoder, limits: Limits, out: Path, format: str = "auto"
 ) -> Fixed:

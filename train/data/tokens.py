@@ -320,22 +320,3 @@ def in_groups(rows: Iterable[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
             group, characters = [], 0
     if group:
         yield group
-
-
-def encode_rows(encoder: Encoder, rows: list[Row], longest: int, where: Path) -> list[Example]:
-    """Encode all rows; DataError naming the file and the lines that are longer than `longest` tokens."""
-    examples = []
-    for example in encoder.encode_many(rows):
-        if isinstance(example, BadRow):
-            error = example.error
-            raise error if example.source else DataError(f"{where}, {error.message}", error.hint)
-        examples.append(example)
-    too_long = [example for example in examples if len(example.input_ids) > longest]
-    if too_long:
-        most = max(len(example.input_ids) for example in too_long)
-        lines = ", ".join(str(example.line) for example in too_long[:5]) + (", ..." if len(too_long) > 5 else "")
-        raise DataError(
-            f"{where}: {len(too_long)} of {len(rows)} rows are longer than {longest} tokens (lines {lines}).",
-            f"the longest has {most} tokens: --sequence-length {most}, or shorten or split those rows",
-        )
-    return examples

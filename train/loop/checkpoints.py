@@ -79,7 +79,7 @@ def newest(folder: Path, identity: dict[str, Any]) -> Path | None:
     if differing:
         raise ConfigError(
             f"the unfinished run in {folder} cannot be continued: {', '.join(differing)} changed since.",
-            "undo the change, or start anew without --resume",
+            "undo the change, or begin anew with --force instead of --resume",
         )
     return found[-1]
 

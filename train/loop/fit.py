@@ -7,6 +7,7 @@
 
 import contextlib
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,11 @@ from loraport.clients.terminal import say
 from loraport.train.config import ResolvedConfig
 from loraport.train.loop.packing import Rows
 from loraport.train.loop.settings import Settings
+from loraport.train.loop.shards import Shards
 from loraport.train.loop.trainer import LoraTrainer, make_trainer
 from loraport.train.loop.ways import agreeing, trained
+
+SAME_SIGNAL_S = 5.0  # within which a second SIGTERM is the first: `timeout` sends it to a process and then to its group
 
 
 @dataclass(frozen=True)
@@ -43,15 +47,25 @@ class StopCallback(TrainerCallback):
     def __init__(self) -> None:
         self.trainer: LoraTrainer | None = None
         self.signal = 0
+        self.asked_at: dict[int, float] = {}  # by signal
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """All GPUs have agreed on it within the step."""
+        """Several GPUs have agreed on it within the step; a process alone need not wait for the next."""
+        if self.trainer and args.world_size == 1:
+            self.trainer.stopping = self.trainer.stop_asked
         if self.trainer and self.trainer.stopping:
             control.should_save = control.should_training_stop = True
 
     def ask(self, number: int, _: FrameType | None) -> None:
         """A first signal asks; the second is not held back."""
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        if number in self.asked_at:
+            if time.monotonic() - self.asked_at[number] > SAME_SIGNAL_S:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
+        self.asked_at[number] = time.monotonic()
+        if number == signal.SIGINT:  # nobody presses Ctrl-C twice who means it once
+            signal.signal(number, signal.default_int_handler)
         self.signal = number
         if self.trainer:
             self.trainer.stop_asked = True
@@ -80,21 +94,25 @@ def fit(
     resume: Path | None = None,
     callbacks: tuple[Any, ...] = (),
     report_to: list[str] | str = "none",
+    shards: Shards | None = None,
 ) -> Outcome:
     """Train the PeftModel `model`; it holds its best weights afterwards, and its own forwards.
 
     `folder` takes the checkpoints, `identity` seals them, `resume` is one to continue from. A callback with an
-    attribute `trainer` gets it. Raises Refused when the run diverges, ResourceError without memory or disk,
-    SystemExit(128 + n) when signal n ended it: then the last checkpoint is of its last step.
+    attribute `trainer` gets it. `shards`: those of the model, where it has any. Raises Refused when the run diverges,
+    ResourceError without memory or disk, SystemExit(128 + n) when signal n ended it: then the last checkpoint is of its
+    last step.
     """
     stop = StopCallback()
     ways = agreeing(model)
     with trained(model, ways), stop.listening():
         watching = [stop, *callbacks]
         trainer = make_trainer(model, rows, eval_rows, config, settings, ways, folder, identity, watching, report_to)
+        trainer.shards = shards
         for callback in watching:
             if hasattr(callback, "trainer"):
                 callback.trainer = trainer
+        trainer.stop_asked = bool(stop.signal)  # before there was a trainer to tell
         try:
             result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         except torch.OutOfMemoryError as error:

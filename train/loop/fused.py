@@ -26,6 +26,7 @@ from loraport.train.loop.kernels import RmsNorm, Rope, swiglu, swiglu_backward
 # Attention modules that do nothing but project, normalise heads, rotate, attend and project.
 PLAIN_ATTENTION = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"}
 CODE = ("co_code", "co_consts", "co_names")
+GROUPS_OF = "linear_groups"  # where a module keeps its groups; convolutions have a number called `groups`
 
 
 def fuse(model: Any) -> int:
@@ -65,7 +66,7 @@ def unfuse(model: Any) -> None:
 def forget(model: Any) -> None:
     """Have the copies of the adapters made anew: optimisers outside of torch change them behind autograd's back."""
     for module in model.modules():
-        for group in module.__dict__.get("groups", ()):
+        for group in module.__dict__.get(GROUPS_OF, ()):
             group.forget()
 
 
@@ -166,10 +167,10 @@ class LoraSwiglu(torch.autograd.Function):
 
 def members_of(module: Any) -> list[Group]:
     """The groups of a module, made at the first call and kept: an unquantised base has its weights in them."""
-    if "groups" not in module.__dict__:
+    if GROUPS_OF not in module.__dict__:
         names = GROUPS.get(module.__dict__["forward"].__func__, ((),))
-        module.__dict__["groups"] = [Group([getattr(module, name) for name in each] or [module]) for each in names]
-    return list(module.__dict__["groups"])
+        module.__dict__[GROUPS_OF] = [Group([getattr(module, name) for name in each] or [module]) for each in names]
+    return list(module.__dict__[GROUPS_OF])
 
 
 def rows_of(x: Tensor) -> Tensor:

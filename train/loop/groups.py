@@ -75,7 +75,7 @@ class Group:
     The matrices made of them are kept until `forget`.
     """
 
-    def __init__(self, modules: list[Any], keep: bool = True) -> None:
+    def __init__(self, modules: list[Any]) -> None:
         self.modules = modules
         self.bases = [getattr(module, "base_layer", module) for module in modules]
         self.names = [active(module) for module in modules]
@@ -96,7 +96,8 @@ class Group:
         self.a_RI: Tensor | None = None
         self.b_OR: Tensor | None = None
         self.kept: Tensor | None = None
-        if keep and {type(base).__name__ for base in self.bases} == {"Linear"}:
+        sharded = any("sharded" in base.__dict__ for base in self.bases)  # weights that come and go: see shards.py
+        if not sharded and {type(base).__name__ for base in self.bases} == {"Linear"}:
             self.kept = self.keep_weights()
 
     def join_biases(self) -> Tensor | None:

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 from loraport.clients import errors
-from loraport.clients.errors import LoraportError
+from loraport.clients.errors import LoraportError, ResourceError
 from loraport.clients.terminal import console
 from loraport.train.adapters import WEIGHTS
 from loraport.train.base_model import Base
@@ -31,9 +32,11 @@ from loraport.train.loop.lora import limit_memory, load_lora
 from loraport.train.loop.packing import Rows
 from loraport.train.loop.progress import ProgressCallback
 from loraport.train.loop.settings import Settings
+from loraport.train.loop.shards import Shards
 
 ERROR, OUTCOME, ADAPTER = "error.json", "outcome.json", "adapter"
 PATIENCE = 60.0  # seconds that processes have to write a checkpoint once they are asked to stop
+GRACE = 10.0  # and to end once one of them has; then again after SIGTERM: they may wait for it within a sum
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,10 @@ def fit_on(
         )
         processes = start_processes(work, (task,), nprocs=gpus, join=False, start_method="spawn")
         try:
-            while not processes.join(grace_period=PATIENCE):
+            while not processes.join(grace_period=GRACE):
                 pass
         except (ProcessExitedException, ProcessRaisedException) as error:
-            raise told(task.folder) or error from error
+            raise told(task.folder) or killed(error) or error from error
         except BaseException:  # a signal: have them write their checkpoint, and wait for it
             for process in processes.processes:
                 if process.is_alive():
@@ -124,6 +127,9 @@ def work(rank: int, task: Task) -> None:
     except SystemExit as error:
         tell(task.folder, {"exit": error.code})
         raise
+    except KeyboardInterrupt:  # a second Ctrl-C; torch would take it for a success
+        tell(task.folder, {"exit": 128 + signal.SIGINT})
+        sys.exit(128 + signal.SIGINT)
     finally:
         progress.close()
         if torch.distributed.is_initialized():
@@ -133,7 +139,12 @@ def work(rank: int, task: Task) -> None:
 def train_one(rank: int, task: Task, progress: ProgressCallback) -> None:
     """Load, train, and in the first process write the result."""
     limit_memory(task.config)
-    model = load_lora(task.base, task.config)
+    # A base that is to be shared fits no GPU whole: it is loaded into memory, and goes to the GPUs layer by layer.
+    model = load_lora(task.base, task.config, torch.device("cpu") if task.settings.sharded else this_device())
+    shards = None
+    if task.settings.sharded:
+        PartialState(cpu=not torch.cuda.is_available())  # the processes meet: the first layer needs all of them
+        shards = Shards(model, rank, task.processes, this_device())
     outcome = fit(
         model,
         task.rows,
@@ -145,11 +156,17 @@ def train_one(rank: int, task: Task, progress: ProgressCallback) -> None:
         resume=task.resume,
         callbacks=(progress,),
         report_to=task.report_to if rank == 0 else "none",
+        shards=shards,
     )
     if rank == 0:
         model.save_pretrained(task.folder / ADAPTER, save_embedding_layers=False)
         document = {"metrics": outcome.metrics, "history": outcome.history, "settings": asdict(outcome.settings)}
         (task.folder / OUTCOME).write_text(json.dumps(document))
+
+
+def this_device() -> torch.device:
+    """The GPU of this process, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def tell(folder: Path, document: dict[str, Any]) -> None:
@@ -171,6 +188,16 @@ def told(folder: Path) -> BaseException | None:
     message, hint, details = document["arguments"]
     found: BaseException = getattr(errors, document["kind"])(message, hint, tuple(details))
     return found
+
+
+def killed(error: Exception) -> ResourceError | None:
+    """What to say of a process that another one ended: the kernel, when the machine's memory is used up."""
+    if not isinstance(error, ProcessExitedException) or not error.signal_name:
+        return None
+    return ResourceError(
+        f"the process of GPU {error.error_index} was ended by {error.signal_name}.",
+        "was the machine short of memory? Continue with --resume if there is a checkpoint",
+    )
 
 
 def free_port() -> int:

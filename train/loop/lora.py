@@ -10,6 +10,7 @@ from loraport.clients.errors import BaseModelError, ConfigError, ResourceError
 from loraport.train.base_model import Base
 from loraport.train.config import ResolvedConfig, RunConfig
 from loraport.train.data.tokens import first_line
+from loraport.train.memory.machine import Types, choose_types
 from loraport.train.presets import ALL_LINEAR
 
 
@@ -30,34 +31,7 @@ class Device:
         return cls("cpu", False)
 
 
-@dataclass(frozen=True)
-class Types:
-    """`held`: how the base's linears are held (the manifest's base_dtype); `computed`: type of the arithmetic."""
-
-    held: str
-    computed: str
-
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-
-def choose_types(config: RunConfig, device: Device) -> Types:
-    """What the configuration's `load` and `compute_dtype` mean on `device`; ConfigError for nf4 or int8 without a GPU.
-
-    A GPU without bfloat16 (before Ampere) gets float16, a CPU float32.
-    """
-    half = "bfloat16" if device.has_bf16 else "float16"
-    natural = half if device.kind == "cuda" else "float32"
-    computed = DTYPES.get(config.compute_dtype)
-    if config.load in ("nf4", "int8"):
-        if device.kind != "cuda":
-            raise ConfigError(f"load {config.load} needs an NVIDIA GPU, and there is none here.", "use --load auto")
-        return Types(config.load, computed or half)
-    held = DTYPES.get(config.load, natural)
-    return Types(held, computed or held)
-
-
-def load_lora(base: Base, config: ResolvedConfig) -> Any:
+def load_lora(base: Base, config: ResolvedConfig, device: Any = None) -> Any:
     """The frozen base with fresh LoRA layers on its target modules, as a PeftModel.
 
     Raises BaseModelError for an architecture that transformers does not know, ConfigError for targets that the base
@@ -67,7 +41,7 @@ def load_lora(base: Base, config: ResolvedConfig) -> Any:
 
     quiet_transformers()
     set_seed(config.seed)
-    model = load_base(base, choose_types(config, Device.here()), config.double_quant)
+    model = load_base(base, choose_types(config, Device.here()), config.double_quant, device)
     return with_lora(model, config, resolve_targets(base, config, model))
 
 
@@ -91,13 +65,15 @@ def with_lora(model: Any, config: ResolvedConfig, targets: list[str]) -> Any:
     )
 
 
-def load_base(base: Base, types: Types, double_quant: bool) -> Any:
-    """The base's weights on this process's GPU or in memory."""
+def load_base(base: Base, types: Types, double_quant: bool, device: Any = None) -> Any:
+    """The base's weights on `device`; by default this process's GPU, or memory where there is none."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     computed = getattr(torch, types.computed)
-    options: dict[str, Any] = {"device_map": {"": torch.cuda.current_device()}} if torch.cuda.is_available() else {}
+    if device is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    options: dict[str, Any] = {"device_map": {"": device}} if device is not None else {}
     if types.held == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,

@@ -10,19 +10,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Settings:
-    """Tokens a micro-step; how many layers, from the first, are computed again in the backward pass; and whether the
-    inputs of those are kept in host memory.
+    """Tokens a micro-step; how many layers, from the first, are computed again in the backward pass; whether the inputs
+    of those are kept in host memory; and whether each GPU keeps a share of the base (shards.py) instead of all of it.
     """
 
     micro_batch_tokens: int
     checkpointed_layers: int = 0
     offload: bool = False
+    sharded: bool = False
 
     def words(self, layers: int) -> str:
         """For people."""
         where = ", their inputs in host memory" if self.offload else ""
         layers_said = f"{self.checkpointed_layers} of {layers} layers checkpointed"
-        return f"{self.micro_batch_tokens:,} tokens at once, {layers_said}{where}"
+        shared = ", the base in shares" if self.sharded else ""
+        return f"{self.micro_batch_tokens:,} tokens at once, {layers_said}{where}{shared}"
 
 
 def step_down(settings: Settings, layers: int, longest: int) -> Settings | None:

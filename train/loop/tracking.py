@@ -15,6 +15,7 @@ import contextlib
 import logging
 import netrc
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -56,6 +57,9 @@ class Tracker(Protocol):
     def start(self, name: str, parameters: Mapping[str, Any]) -> str:
         """Open the run; where it can be seen."""
 
+    def replay(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Send the steps of a run that other processes made."""
+
     def finish(self, folder: Path, metrics: Mapping[str, float]) -> None:
         """Hand over the final figures, and the adapter's folder with the report in it."""
 
@@ -95,10 +99,17 @@ class Mlflow:
             os.environ.pop("MLFLOW_RUN_ID", None)  # the integration would start that run once more
             mlflow.log_params({key: str(value)[:LONGEST_PARAMETER] for key, value in parameters.items()})
         except mlflow.MlflowException as error:
-            problem = str(error).strip().splitlines()[0].rstrip(".")
+            problem = without_passwords(str(error).strip().splitlines()[0].rstrip("."))
             raise EndpointError(f"MLflow refuses the run: {problem}.", "check MLFLOW_TRACKING_URI") from error
         seen = f"mlflow server --backend-store-uri {uri}" if uri.startswith("sqlite") else without_password(uri)
         return f"{seen}, experiment {experiment}, run {run.info.run_name}"
+
+    def replay(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Under the names that the integration gives them."""
+        import mlflow
+
+        for entry in history:
+            mlflow.log_metrics({key: value for key, value in entry.items() if key != "step"}, step=entry["step"])
 
     def finish(self, folder: Path, metrics: Mapping[str, float]) -> None:
         """Figures, the report, and the adapter under `adapter/`."""
@@ -150,6 +161,14 @@ class Wandb:
             ) from error
         return self.run.url or f"{Path(self.run.dir).parent}  (send it: wandb sync <folder>)"
 
+    def replay(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Under the names that the integration gives them."""
+        from transformers.integrations.integration_utils import rewrite_logs
+
+        for entry in history:
+            figures = {key: value for key, value in entry.items() if key != "step"}
+            self.run.log(rewrite_logs(figures) | {"train/global_step": entry["step"]})
+
     def finish(self, folder: Path, metrics: Mapping[str, float]) -> None:
         """Figures as the run's summary, report and adapter as an artifact."""
         import wandb
@@ -185,6 +204,9 @@ class Tensorboard:
             table = "".join(f"| {key} | {value} |\n" for key, value in parameters.items())
             writer.add_text("parameters", f"| setting | value |\n|---|---|\n{table}")
         return f"tensorboard --logdir {self.folder.parent}"
+
+    def replay(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """They are there: see `Tracking.report_elsewhere`."""
 
     def finish(self, folder: Path, metrics: Mapping[str, float]) -> None:
         """Figures, and where the adapter is: event files hold no others."""
@@ -222,6 +244,17 @@ class Tracking:
     def report_to(self) -> list[str] | str:
         """For TrainingArguments; "none" switches every integration off, installed or not."""
         return self.names or "none"
+
+    @property
+    def report_elsewhere(self) -> list[str] | str:
+        """The same where the training is in other processes: they can write into a folder, but not into an open run."""
+        return [name for name in self.names if name == "tensorboard"] or "none"
+
+    def replay(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Send the steps of such a training to the others, when it is done."""
+        for name, tracker in self.trackers.items():
+            with forgiven(name):
+                tracker.replay(history)
 
     def __enter__(self) -> Self:
         self.environment = dict(os.environ)
@@ -270,7 +303,7 @@ def forgiven(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        say(f"warning: {name} did not take everything: {said}", "yellow")
+        say(f"warning: {name} did not take everything: {without_passwords(said)}", "yellow")
 
 
 def check_answers(uri: str) -> None:
@@ -281,7 +314,8 @@ def check_answers(uri: str) -> None:
         httpx.get(uri, timeout=10, follow_redirects=True)
     except (*http_errors("TransportError"), *http_errors("InvalidURL")) as error:
         raise EndpointError(
-            f"the MLflow server at {without_password(uri)} does not answer: {error}.", "check MLFLOW_TRACKING_URI"
+            f"the MLflow server at {without_password(uri)} does not answer: {without_passwords(str(error))}.",
+            "check MLFLOW_TRACKING_URI",
         ) from error
 
 
@@ -289,6 +323,11 @@ def without_password(uri: str) -> str:
     """An address without the user and password that may stand in it."""
     scheme, mark, rest = uri.partition("://")
     return f"{scheme}{mark}{rest.rpartition('@')[2]}" if mark and not scheme.startswith("sqlite") else uri
+
+
+def without_passwords(text: str) -> str:
+    """A library's words without users and passwords of the addresses in them."""
+    return re.sub(r"://[^/\s@]*@", "://", text)
 
 
 def has_wandb_key() -> bool:

@@ -26,10 +26,12 @@ from loraport.clients.terminal import say
 from loraport.train.config import ResolvedConfig
 from loraport.train.loop.checkpoints import SEAL, seal, unwritten
 from loraport.train.loop.fused import forget
-from loraport.train.loop.lora import Device, choose_types, count_trainable
+from loraport.train.loop.lora import Device, count_trainable
 from loraport.train.loop.packing import PackedRows, Rows, Step, StepSampler, largest, micro_step, pack
 from loraport.train.loop.settings import Settings, decoder_layers, set_checkpointing, step_down
+from loraport.train.loop.shards import Shards
 from loraport.train.loop.ways import Ways
+from loraport.train.memory.machine import choose_types
 
 WRITE_ERRORS = ("SafetensorError", "PytorchStreamWriter", "inline_container")
 
@@ -53,6 +55,7 @@ class LoraTrainer(Trainer):
         super().__init__(data_collator=Step, train_dataset=rows, eval_dataset=eval_rows, **options)
         self.config, self.ways, self.identity = config, ways, identity
         self.tokens_seen = 0
+        self.shards: Shards | None = None
         self.stop_asked = self.stopping = False  # by this process's signals; by those of any GPU
         self.clock, self.clock_tokens = time.monotonic(), 0
         self.step_loss = torch.zeros(())  # of the step under way
@@ -111,7 +114,9 @@ class LoraTrainer(Trainer):
         while True:
             failed = torch.zeros((), device=self.args.device)
             try:
-                self.try_largest(model)
+                # By itself: were one GPU out of memory within a sum over all of them, the others would wait for ever.
+                with self.accelerator.no_sync(model):
+                    self.try_largest(model)
             except torch.OutOfMemoryError:
                 failed += 1
             if self.args.world_size > 1:
@@ -133,6 +138,7 @@ class LoraTrainer(Trainer):
         micro = largest(self.train_dataset, self.config.batch_size, self.budget)
         loss, _ = model(**micro.to(self.args.device), scale=0.0)
         self.accelerator.backward(loss)
+        self.release()
         del states
 
     def accumulate(self, model: Any, step: Step) -> torch.Tensor:
@@ -152,10 +158,16 @@ class LoraTrainer(Trainer):
                 # DistributedDataParallel averages over the GPUs what is here a sum.
                 loss, _ = model(**micro.to(device), scale=self.args.world_size / max(targets, 1))
                 self.accelerator.backward(loss)
+            self.release()
             total += loss.detach()
         self.tokens_seen += tokens
         self.step_loss = total
         return total
+
+    def release(self) -> None:
+        """Let go of the layers that the others' shares made whole."""
+        if self.shards:
+            self.shards.release()
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip, and end the run before a loss or gradient that is not finite reaches the weights."""
@@ -173,8 +185,11 @@ class LoraTrainer(Trainer):
         rows = self.eval_dataset
         packs = pack([int(length) for length in rows.lengths], self.budget)
         sums = torch.zeros(3, device=self.args.device, dtype=torch.float64)
-        for members in packs[self.args.process_index :: self.args.world_size]:
-            micro = micro_step(rows, tuple(members))
+        world = self.args.world_size
+        # Equally many on each GPU, because a base in shares is gathered by all of them together.
+        for number in range(self.args.process_index, -(-len(packs) // world) * world, world):
+            counted = number < len(packs)
+            micro = micro_step(rows, tuple(packs[number] if counted else packs[-1]), counted)
             with torch.no_grad():
                 loss, right = self.model(**micro.to(self.args.device))
             sums += torch.stack([loss.double(), right.double(), torch.tensor(len(micro.targets_K)).to(loss).double()])
@@ -260,6 +275,13 @@ class RhythmCallback(TrainerCallback):
         """A CPU has no memory of its own to run out of."""
         if self.trainer and args.device.type == "cuda":
             self.trainer.rehearse()
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        """Save what is the best so far, also between two checkpoints: else those weights would be gone."""
+        if metrics and metrics["eval_loss"] < (math.inf if state.best_metric is None else state.best_metric):
+            control.should_save = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """At the end of the run: evaluate and save."""

@@ -5,7 +5,7 @@
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 from loraport.clients.errors import ConfigError, UsageError
 from loraport.clients.hardware import read_cpu, read_gpu
@@ -89,19 +89,33 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def choose_types(config: RunConfig, machine: Machine) -> Types:
-    """What `load` and `compute_dtype` mean on `machine`; ConfigError for nf4 or int8 without a GPU."""
-    half = "bfloat16" if machine.has_bf16 else "float16"
+class Computer(Protocol):
+    """What `choose_types` has to know of a device: a Machine here, or what torch has found (train/loop/lora.py)."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def has_bf16(self) -> bool: ...
+
+
+def choose_types(config: RunConfig, device: Computer) -> Types:
+    """What `load` and `compute_dtype` mean on `device`; ConfigError for nf4 or int8 without a GPU.
+
+    A GPU without bfloat16 (before Ampere) gets float16, a CPU float32. A base that is not quantised is held in the type
+    of the arithmetic.
+    """
+    half = "bfloat16" if device.has_bf16 else "float16"
     computed = DTYPES.get(config.compute_dtype)
     if config.load in ("nf4", "int8"):
-        if machine.kind != "cuda":
+        if device.kind != "cuda":
             raise ConfigError(
                 f"load {config.load} needs an NVIDIA GPU, and there is none here.",
-                "say which one it is planned for: --gpu-name 4090, or --gpu-memory 24",
+                "use --load auto; `loraport plan train --gpu-name 4090` tells what another machine would do",
             )
         return Types(config.load, computed or half)
-    held = DTYPES.get(config.load, half if machine.kind == "cuda" else "float32")
-    return Types(held, computed or held)
+    held = computed or DTYPES.get(config.load, half if device.kind == "cuda" else "float32")
+    return Types(held, held)
 
 
 def find_machine(gpu_memory: float | None, gpu_name: str | None, gpus: int = 1) -> Machine:
@@ -145,7 +159,7 @@ def read_here(gpus: int = 1) -> Machine:
     gpu = read_gpu() if torch_has_cuda() else None
     if gpu:
         return Machine("cuda", gpu.name, gpu.free, gpu.has_bf16, gpus, find_gpu(gpu.name))
-    cpu = read_cpu()
+    cpu = read_cpu(bound=False)
     return Machine("cpu", cpu.name, cpu.free, cpu.has_bf16)
 
 

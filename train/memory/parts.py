@@ -162,9 +162,9 @@ class Counted:
         return Parts(
             weights=self.weights(shards),
             # In float32, and in the type of the arithmetic as groups need them (groups.py, `Group.refresh`).
-            adapter=4 * self.parameters // shards + load.types.width * self.thin,
-            gradients=4 * self.parameters // shards,
-            optimizer=self.optimizer // shards,
+            adapter=4 * self.parameters + load.types.width * self.thin,
+            gradients=4 * self.parameters,
+            optimizer=self.optimizer,
             activations=activations,
             largest_moment=largest,
             workspace=workspace,
@@ -230,14 +230,17 @@ class Counted:
         return kept, again
 
     def weights(self, shards: int) -> int:
-        """The frozen base. Sharded (FSDP): a share of all, what lies outside the layers whole, two layers gathered.
-
-        The root unit of FSDP holds embedding, head and last norm, and stays gathered from forward to backward; the
-        next layer is gathered while one computes.
+        """The frozen base. In shares (train/loop/shards.py): a share of the layers' linears, the rest whole, and two
+        layers gathered: the next one is on its way while one computes.
         """
         width = self.load.types.width if self.load.types.is_quantised else held_width(self.load.types)
-        whole = self.linears + width * self.shape.other
-        return whole if shards == 1 else -(-whole // shards) + width * self.shape.other + 2 * self.largest_block
+        rest = width * self.shape.other
+        if shards == 1:
+            return self.linears + rest
+        scratch = (
+            0 if self.load.types.is_quantised else width * max(wide_numbers(each, self.load)[1] for each in self.groups)
+        )
+        return -(-self.linears // shards) + rest + 2 * self.largest_block + scratch
 
     def kept(self, layout: Layout) -> int:
         """What all layers keep for the backward pass.

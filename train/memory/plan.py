@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
-from loraport.clients.errors import ResourceError
+from loraport.clients.errors import ConfigError, ResourceError
 from loraport.train.config import ResolvedConfig
 from loraport.train.defaults import Choice
 from loraport.train.memory.machine import GIB, GPUS, Machine, Types, choose_types
@@ -123,12 +123,16 @@ def require_fit(made: Plan) -> None:
     """ResourceError with what would fit, unless the plan fits."""
     if not made.fits:
         changes = "; or ".join(each.change for each in made.alternatives)
-        raise ResourceError(made.verdict, changes or "use a smaller model")
+        other = "; `loraport plan train --gpu-name 4090` tells what another machine would do"
+        smaller = "use a smaller model" + (other if made.machine.kind == "cpu" else "")
+        raise ResourceError(made.verdict, changes or smaller)
 
 
 def load_of(config: ResolvedConfig, machine: Machine) -> Load:
     """What the configuration trains and how it is held on `machine`."""
     types = choose_types(config, machine)
+    if config.optimizer == "paged_adamw_8bit" and machine.kind != "cuda":
+        raise ConfigError("optimizer paged_adamw_8bit needs an NVIDIA GPU, and there is none here.", "leave it away")
     eight_bit = config.optimizer == "paged_adamw_8bit" or (config.optimizer == "auto" and types.is_quantised)
     return Load(
         types=types,

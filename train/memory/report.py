@@ -173,7 +173,7 @@ def time_lines(report: Report) -> list[str]:
     most = "at most " if work.is_most else "about "
     lines.append(
         f"time     about {in_time(hours)} ({bounds}), for {most}{work.tokens:,} tokens ({work.source}) "
-        f"× {work.passes:g} epochs"
+        f"× {work.passes:g} epoch{'' if work.passes == 1 else 's'}"
     )
     cost = report.cost(hours)
     if cost is not None:

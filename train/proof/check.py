@@ -12,6 +12,7 @@ the references. What a function raises later is its author's error: told in one 
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import re
@@ -46,6 +47,14 @@ def load_check(text: str) -> Check:
     if kind not in MAKERS or not rest:
         raise ConfigError(f"--check {text} is no check.", f"give {FORMS}")
     return Check(text, MAKERS[kind](rest))
+
+
+def check_sha256(text: str) -> str:
+    """Hash of what a check that can be loaded says: its expression, or its file's content and the function's name."""
+    kind, _, rest = text.partition(":")
+    file, _, function = rest.rpartition(":") if kind == "python" else (rest, "", "")
+    said = rest.encode() if kind == "regex" else Path(file).read_bytes()
+    return hashlib.sha256(f"{kind}:{function}:".encode() + said).hexdigest()
 
 
 def try_check(check: Check, references: list[tuple[str, Row]]) -> list[str]:
