@@ -243,6 +243,8 @@ def choose_settings(config: ResolvedConfig, base: Base, data: Data, gpus: int) -
     require_fit(made)
     defaults.say_choices(made.choices)
     chosen = made.settings
+    if chosen.sharding == "fsdp" and config.load == "int8":  # bitsandbytes keeps its own hold of int8 weights
+        raise ConfigError("--load int8 cannot be shared among GPUs, and no GPU here holds the base.", "use --load nf4")
     return Settings(chosen.micro_batch_tokens, chosen.checkpointed_layers, chosen.offload, chosen.sharding == "fsdp")
 
 

@@ -98,6 +98,7 @@ class LoraTrainer(Trainer):
 
     def step_down_to(self, model: Any, lower: Settings) -> None:
         """Free what the failed step holds, and use less."""
+        self.release()
         model.zero_grad()
         gc.collect()
         torch.cuda.empty_cache()
