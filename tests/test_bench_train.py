@@ -224,7 +224,7 @@ def test_ours_and_stock_train_the_same_thing_on_a_cpu(tmp_path: Path) -> None:
     assert ours["losses"] == pytest.approx(stock["losses"], abs=2e-3) and len(ours["losses"]) == 3
     assert ours["step_tokens"] == stock["step_tokens"] and len(ours["step_tokens"]) == 2
     assert ours["trainable_parameters"] == stock["trainable_parameters"]
-    assert ours["settings"] == {"micro_batch_tokens": 256, "checkpointed_layers": 2, "offload": False}
+    assert ours["settings"] == {"micro_batch_tokens": 256, "checkpointed_layers": 2, "offload": False, "sharded": False}
     assert ours["planned_reserved"] > ours["planned_allocated"] > 0
     assert liger["skipped"].startswith("liger-kernel")
     assert {run["skipped"] for run in nf4} == {"nf4 needs a GPU"}
