@@ -8,7 +8,6 @@ a base by the same hashes. No torch here.
     '1f0c…'
 """
 
-import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from loraport.clients.errors import BaseModelError, LoraportError, ResourceError, http_errors, os_errors
-from loraport.clients.home import require_disk
+from loraport.clients.errors import BaseModelError
+from loraport.clients.hub import Kind, fetch, require_room
 from loraport.train.manifest import BaseIdentity
 from loraport.train.weights import read_safetensors_shapes
 
@@ -27,6 +26,7 @@ UNWANTED = ("original/*", "onnx/*", "openvino/*", "consolidated*.safetensors", "
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt")
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 SAFETENSORS_HINT = "Loraport reads safetensors only (other formats can run code): convert the weights first"
+MODEL = Kind(BaseModelError, "models", "model", "folder", ("licence", "it on the model's"), "model", "model folder")
 SAMPLES = 16
 SAMPLE_BYTES = 64 * 1024
 
@@ -149,28 +149,21 @@ def download(model: str, revision: str | None, wanted: tuple[str, ...] = WANTED)
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub import errors as hub
 
-    network: tuple[type[Exception], ...] = (OSError, *http_errors("HTTPError"))  # HfHubHTTPError is both
-    refusals: tuple[type[Exception], ...] = (hub.HFValidationError, *network)
-    try:
-        if not constants.HF_HUB_OFFLINE and wanted == WANTED:
-            with contextlib.suppress(*network):
-                check_download(HfApi().model_info(model, revision=revision, files_metadata=True))
-        folder = snapshot_download(
-            model, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(UNWANTED)
-        )
-    except refusals as error:
-        raise explain_download(error, model, revision) from error
-    finally:
-        close_bars()
-    return Base(model, Path(folder), Path(folder).name)
+    def look() -> None:
+        check_download(HfApi().model_info(model, revision=revision, files_metadata=True))
 
+    def get() -> str:
+        try:
+            return snapshot_download(
+                model, revision=revision, allow_patterns=list(wanted), ignore_patterns=list(UNWANTED)
+            )
+        except hub.RevisionNotFoundError as error:
+            raise BaseModelError(
+                f"the model {model} on {constants.ENDPOINT} has no revision {revision}.", "check its branches and tags"
+            ) from error
 
-def close_bars() -> None:
-    """Close the progress bars that huggingface_hub leaves open, in the way of what is printed next."""
-    from huggingface_hub.utils.tqdm import tqdm
-
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()
+    folder = fetch(model, MODEL, look if wanted == WANTED else None, get)
+    return Base(model, folder, folder.name)
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -186,49 +179,7 @@ def check_download(info: Any) -> None:
     wanted = [name for name in sizes if matches(name, WANTED) and not matches(name, UNWANTED)]
     if not any(name.endswith(".safetensors") for name in wanted):
         raise BaseModelError(f"the model {info.id} on {constants.ENDPOINT} has no *.safetensors.", SAFETENSORS_HINT)
-    cache = Path(constants.HF_HUB_CACHE)
-    have = cache / f"models--{info.id.replace('/', '--')}" / "snapshots" / (info.sha or "")
-    missing = sum(sizes[name] for name in wanted if not (have / name).exists())
-    try:
-        require_disk(cache, missing, f"the model {info.id}")
-    except ResourceError as error:
-        raise ResourceError(error.message, "free some space, or set HF_HOME to a folder on another disk") from error
-
-
-def explain_download(error: Exception, model: str, revision: str | None) -> LoraportError:
-    """Why a model did not come: gated, unknown, unreachable, or broken off. An unknown one may also be private."""
-    from huggingface_hub import constants
-    from huggingface_hub import errors as hub
-
-    named = f"the model {model} on {constants.ENDPOINT}"
-    status = error.response.status_code if isinstance(error, hub.HfHubHTTPError) else None
-    if isinstance(error, hub.GatedRepoError):
-        return BaseModelError(
-            f"{named} is gated: its licence must be accepted first.",
-            "accept it on the model's page, then run `hf auth login` or set HF_TOKEN",
-        )
-    if isinstance(error, hub.RevisionNotFoundError):
-        return BaseModelError(f"{named} has no revision {revision}.", "check its branches and tags")
-    if isinstance(error, hub.HFValidationError) or status in (401, 404):
-        return BaseModelError(
-            f"there is no folder {model} and no such model on {constants.ENDPOINT}.",
-            "check the spelling; for a private model run `hf auth login` or set HF_TOKEN",
-        )
-    if isinstance(error, hub.LocalEntryNotFoundError):
-        state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
-        return BaseModelError(
-            f"there is no folder {model}, the cache {constants.HF_HUB_CACHE} does not hold all of the model {model}, "
-            f"and {state}.",
-            "go online once, or give the path of a model folder",
-        )
-    try:
-        if isinstance(error, OSError) and error.errno:
-            with os_errors("downloading to", Path(constants.HF_HUB_CACHE)):
-                raise error
-    except ResourceError as full:
-        return full
-    reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-    return BaseModelError(f"downloading {model} failed: {reason}.", "try again; files that arrived whole are kept")
+    require_room(info, {name: sizes[name] for name in wanted}, MODEL)
 
 
 def identify(base: Base) -> BaseIdentity:
