@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module, metadata
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -56,6 +56,7 @@ GROUPS = {
 # Commands that hand on the flags they do not know, to the program that they start.
 HANDS_ON = {"aider": {"allow_extra_args": True, "ignore_unknown_options": True}}
 
+CLICK_USAGE_ERROR = typer.BadParameter.__mro__[1]  # Click's, which Typer may bring along under a name of its own
 SAME_SIGNAL_S = 5.0  # signals closer together than this are one
 
 
@@ -166,17 +167,36 @@ def end_unread() -> None:
     sys.exit(128 + signal.SIGPIPE)
 
 
+def explain_usage(error: Any, command: str | None) -> Exception:
+    """Click's error about the words of the command line as one of ours; where it is help that was missed, give it."""
+    from loraport.clients.errors import UsageError
+    from loraport.clients.terminal import program
+
+    if error.ctx and error.format_message() == error.ctx.get_help():  # a group called without a command
+        error.show()
+        sys.exit(error.exit_code)
+    said = error.message if getattr(error, "possibilities", None) else error.format_message()
+    said, _, near = said.replace("Value error, ", "").rstrip(".?").partition(". Did you mean ")
+    near = near.strip("'") or ", ".join(getattr(error, "possibilities", None) or ())
+    called = error.ctx.command_path.partition(" ")[2] if error.ctx else command
+    hint = f"`{' '.join(filter(None, (program(), called, '--help')))}` shows what there is"
+    return UsageError(f"{said[:1].lower()}{said[1:]}.", f"did you mean {near}? {hint}" if near else hint)
+
+
 def run_command(arguments: list[str]) -> None:
     """Run the command; every error leaves in one form, with the exit code of its kind."""
     debug = "--debug" in arguments
     try:
-        build_app(command_of(arguments))()
+        code = build_app(command_of(arguments))(standalone_mode=False, prog_name="loraport")
+        sys.exit(code if isinstance(code, int) else 0)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         from loraport.clients.errors import LoraportError
         from loraport.clients.terminal import exit_with
 
+        if isinstance(error, CLICK_USAGE_ERROR):
+            error = explain_usage(error, command_of(arguments))
         if not isinstance(error, LoraportError):
             hint = "" if debug else "run the same command again as `loraport --debug ...` and report what it prints"
             error = LoraportError(f"this is a bug of ours: {type(error).__name__}: {error}", hint).with_traceback(

@@ -7,8 +7,10 @@ Device(kind='cpu', name='CPU, 2 cores', total=24_684_092_000, free=22_938_076_00
 """
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -34,34 +36,44 @@ class Device:
     has_bf16: bool = True  # whether it multiplies bfloat16 in hardware
 
 
-def visible_gpu() -> int | str | None:
-    """The first GPU of CUDA_VISIBLE_DEVICES: an index, or a UUID; 0 where it is not set, None where it hides all."""
+def visible_gpus() -> list[int | str] | None:
+    """What CUDA_VISIBLE_DEVICES names, indices or UUIDs, up to the first that is neither; None where it is not set."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return 0
-    first = visible.split(",")[0].strip()
-    if first.isdigit():
-        return int(first)
-    return first if first.startswith(("GPU-", "MIG-")) else None
+        return None
+    names = [name.strip() for name in visible.split(",")]
+    known = takewhile(lambda name: name.isdigit() or name.startswith(("GPU-", "MIG-")), names)
+    return [int(name) if name.isdigit() else name for name in known]
 
 
 def read_gpu() -> Device | None:
-    """The GPU as NVIDIA's management library sees it; None where there is no driver, library or visible GPU."""
-    gpu = visible_gpu()
+    """The first visible GPU; None where there is none."""
+    return next(iter(read_gpus(1)), None)
+
+
+def read_gpus(most: int | None = None) -> list[Device]:
+    """The visible GPUs, or the first `most`, as NVIDIA's management library sees them; none where it is not there."""
     try:
         import pynvml
     except ImportError:
-        return None
-    if gpu is None:
-        return None
-    try:
+        return []
+    found: list[Device] = []
+    with suppress(pynvml.NVMLError):  # no driver, or no such GPU: those behind it are not visible to CUDA either
         pynvml.nvmlInit()
-        by_index = isinstance(gpu, int)
-        handle = pynvml.nvmlDeviceGetHandleByIndex(gpu) if by_index else pynvml.nvmlDeviceGetHandleByUUID(gpu)
-        memory, name = pynvml.nvmlDeviceGetMemoryInfo(handle), pynvml.nvmlDeviceGetName(handle)
-        major, _ = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-    except pynvml.NVMLError:
-        return None
+        named = visible_gpus()
+        gpus: Sequence[int | str] = named if named is not None else range(most or pynvml.nvmlDeviceGetCount())
+        found.extend(read_one(gpu) for gpu in gpus[:most])
+    return found
+
+
+def read_one(gpu: int | str) -> Device:
+    """A GPU by its index or UUID; NVMLError where there is none."""
+    import pynvml
+
+    by_index = isinstance(gpu, int)
+    handle = pynvml.nvmlDeviceGetHandleByIndex(gpu) if by_index else pynvml.nvmlDeviceGetHandleByUUID(gpu)
+    memory, name = pynvml.nvmlDeviceGetMemoryInfo(handle), pynvml.nvmlDeviceGetName(handle)
+    major, _ = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
     text = name.decode() if isinstance(name, bytes) else str(name)
     return Device("cuda", text, int(memory.total), int(memory.free), usable_cores(), has_bf16=major >= 8)
 

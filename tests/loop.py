@@ -8,8 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from loraport.train.config import ResolvedConfig
+from loraport.train.loop.checkpointing import set_checkpointing
 from loraport.train.loop.packing import join, pack
-from loraport.train.loop.settings import Settings, set_checkpointing
+from loraport.train.loop.settings import Settings
 from loraport.train.loop.ways import Ways, trained
 
 VOCABULARY = 97
@@ -136,18 +137,18 @@ def ours(
     model: Any, rows: Any, ways: Ways, budget: int, layers: int = 0, offload: bool = False
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """The same in the loop's ways, `budget` tokens at once and the first `layers` checkpointed."""
-    set_checkpointing(model, Settings(budget, layers, offload))
     packs = pack([int(length) for length in rows.lengths], budget if ways.packed else 1)
     micro_steps = [join([rows[row] for row in members], tuple(members)) for members in packs]
     targets = sum(len(micro.targets_K) for micro in micro_steps)
     total = 0.0
     model.train()
     with trained(model, ways):
+        set_checkpointing(model, Settings(budget, layers, offload))
         for micro in micro_steps:
             loss, _ = model(**micro.to(torch.device("cpu")), scale=1 / targets)
             loss.backward()
             total += loss.item()
-    set_checkpointing(model, Settings(budget))
+        set_checkpointing(model, Settings(budget))
     return total, gradients_of(model)
 
 

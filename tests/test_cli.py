@@ -81,8 +81,13 @@ def test_the_help_of_a_group_and_of_its_commands() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["nonsense"], 2, "No such command"),
-        (["train", "--nonsense"], 2, "No such option"),
+        (["nonsense"], 2, "error: no such command 'nonsense'.\nhint: `loraport --help`"),
+        (["trian"], 2, "error: no such command 'trian'.\nhint: did you mean train? `"),
+        (["train", "--nonsense"], 2, "error: no such option: --nonsense.\nhint: did you mean "),
+        (["train", "--rank", "x"], 2, "error: invalid value for '--rank': "),
+        (["train", "--load", "fp8"], 2, "error: invalid value for '--load': 'fp8' is not one of 'auto', "),
+        (["adapters", "show"], 2, "error: missing argument 'reference'.\nhint: `loraport adapters show --help`"),
+        (["env", "--base-url"], 2, "error: option '--base-url' requires an argument.\nhint: `loraport env --help`"),
         (["train"], 2, "error: model and data must be given."),
         (["train", "--model", "/none", "--data", "/none.jsonl"], 2, "error: there is no data file /none.jsonl."),
         (["train", "--config", "/none.yaml"], 2, "error: there is no configuration file /none.yaml."),
@@ -96,13 +101,18 @@ def test_errors_are_a_sentence_a_hint_and_an_exit_code(arguments: list[str], cod
     assert done.returncode == code, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""
-    if code == 3:
-        assert "\nhint: " in done.stderr
+    assert "\nhint: " in done.stderr and "Usage:" not in done.stderr
+
+
+def test_a_group_without_a_command_is_help() -> None:
+    done = loraport("adapters")
+    assert done.returncode == 2 and "error" not in done.stderr
+    assert "Commands:" in done.stdout + done.stderr
 
 
 def test_a_bug_of_ours_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["loraport", "train"])
-    monkeypatch.setattr(loraport_cli, "build_app", lambda _: lambda: 1 / 0)
+    monkeypatch.setattr(loraport_cli, "build_app", lambda _: lambda **_: 1 / 0)
     with pytest.raises(SystemExit) as caught:
         loraport_cli.main()
     assert caught.value.code == 1

@@ -9,10 +9,10 @@ import pytest
 
 from loraport.clients.home import Home
 from loraport.clients.rows import find_source
-from loraport.train.data import check_report, similar
+from loraport.train.data import check_report, quick, similar
 from loraport.train.data.check import Limits, Report, check
 from loraport.train.data.flat import FlatTokens
-from loraport.train.data.quick import quick_check, say_warnings
+from loraport.train.data.quick import quick_check, say_warnings, warnings_of
 from loraport.train.data.store import open_store
 from loraport.train.data.tokens import IGNORED, Encoder
 from tests.models import CHATML, make_tiny_base
@@ -256,12 +256,29 @@ def test_a_run_is_warned_from_its_tokens(
     assert found(report, "leak") == [("train", 6)]
     assert found(report, "duplicate") == [("train", 3)]
     assert found(report, "contradiction") == [("train", 4), ("train", 5)]
-    say_warnings(report)
+    warned = warnings_of(store.subset([0, 1, 2, 3, 4]), store.subset([5]), encoder)
+    say_warnings(warned)
     assert "warning: 1 training row asks what the evaluation asks (row 6).\n" in capsys.readouterr().err
     full = check(source, None, encoder, Limits(1000))
-    quick = quick_check(store, None, encoder)
-    assert quick.verdict == full.verdict
-    assert quick.findings == full.findings
+    tokens = quick_check(store, None, encoder)
+    assert tokens.verdict == full.verdict
+    assert tokens.findings == full.findings
+
+
+def test_the_warnings_of_a_run_are_kept_for_the_same_rows(
+    tmp_path: Path, encoder: Encoder, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [ask("a?", "1"), ask("a?", "1"), ask("b?", "2"), ask("b? ", "3"), ask("c?", "4")]
+    store = open_store(find_source(write(tmp_path / "rows.jsonl", rows)), "auto", encoder, home)
+    looked: list[int] = []
+    monkeypatch.setattr(quick, "quick_check", lambda *of: looked.append(len(of[0])) or quick_check(*of))
+    first = warnings_of(store.subset([0, 1, 2]), store.subset([3]), encoder)
+    assert first and warnings_of(store.subset([0, 1, 2]), store.subset([3]), encoder) == first
+    assert looked == [3]
+    assert warnings_of(store.subset([0, 2]), store.subset([1]), encoder) != first and looked == [3, 2]
+    for path in store.folder.glob("warnings-*.json"):
+        path.write_text("[")  # cut off
+    assert warnings_of(store.subset([0, 1, 2]), store.subset([3]), encoder) == first and looked == [3, 2, 3]
 
 
 def test_documents_are_known_by_their_tokens(tmp_path: Path, encoder: Encoder, home: Home) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 from pathlib import Path
 from typing import Any, get_args
@@ -9,7 +10,17 @@ from typing import Any, get_args
 import pytest
 
 from loraport.clients.errors import DataError, UsageError
-from loraport.clients.rows import FORMATS, BadRow, Row, convert, find_source, hash_source, iter_rows, read_rows
+from loraport.clients.rows import (
+    FORMATS,
+    BadRow,
+    Row,
+    array,
+    convert,
+    find_source,
+    hash_source,
+    iter_rows,
+    read_rows,
+)
 from loraport.train.config import RunConfig
 
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b, b"}]}
@@ -206,10 +217,53 @@ def dump(record: Any) -> bytes:
     return json.dumps(record).encode()
 
 
+def questions(path: Path) -> list[str]:
+    """What each row asks, or what is said of it."""
+    rows = list(iter_rows(path))
+    return [row.error.message.split(": ")[1] if isinstance(row, BadRow) else said(row)[0][1] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (rb"a\ud83d", r"\ud83d is half a character."),
+        (rb"a\ude00 b", r"\ude00 is half a character."),
+        (b"a\xff", "not UTF-8 (byte 45)."),
+        (b"a\xe2\x82", "not UTF-8 (byte 45)."),
+        (b"a\xed\xa0\xbd", "not UTF-8 (byte 45)."),
+        (rb"a\ud83d\ude00", "a\N{GRINNING FACE}"),
+        (rb"a\\ud83d", r"a\ud83d"),
+        ("ä\N{GRINNING FACE}".encode(), "ä\N{GRINNING FACE}"),
+    ],
+)
+@pytest.mark.parametrize("name", ["r.jsonl", "r.json"])
+def test_half_characters_are_found_in_lines_and_in_arrays(tmp_path: Path, name: str, raw: bytes, says: str) -> None:
+    good = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+    rows = [good, good.replace(b'"a"', b'"%s"' % raw), good]
+    (tmp_path / name).write_bytes(b"\n".join(rows) if name == "r.jsonl" else b"[%s]" % b", ".join(rows))
+    assert questions(tmp_path / name) == ["a", says, "a"]
+
+
+@pytest.mark.parametrize("piece", [1, 7, 50])
+@pytest.mark.parametrize("wrapped", ["[%s,%s]", ' { "a": [{}], "data" :[ %s, %s ]}', "%s\n%s", "[%s, %s] "])
+def test_a_json_file_is_the_same_in_pieces_of_any_size(
+    piece: int, wrapped: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [{"a": ['ü\\"]}', 1.5e-3, None, {"b": []}]}, {"n": [-12, True, "\\u00e9"]}]
+    text = wrapped % tuple(json.dumps(each, ensure_ascii=False) for each in wanted)
+    whole = len(text) if "data" in text else piece  # where the rows are is told by what is read first
+    monkeypatch.setattr(array, "PIECE", whole)
+    found = list(array.Documents(io.StringIO(text)).rows())
+    assert [record for record, _ in found] == wanted == [json.loads(text) for _, text in found]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "good", "says"),
     [
         ("r.json", dump([CHAT, OTHER])[:-30], 1, "row 2: not JSON"),
+        ("r.json", b"[%s][%s]" % (dump(CHAT), dump(OTHER)), 1, "row 2: not JSON (Extra data)"),
+        ("r.json", b"[%s %s]" % (dump(CHAT), dump(OTHER)), 1, "row 2: not JSON (Expecting ',' delimiter)"),
+        ("r.json.gz", gzip.compress(dump([CHAT, OTHER]))[:-9], 0, "row 1: not JSON"),
         ("r.json", b"[]", 0, "is empty"),
         ("r.json", b"what", 0, "row 1: not JSON"),
         ("r.json", b"[1]", 0, "row 1: a int, not an object"),

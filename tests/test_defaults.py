@@ -63,7 +63,6 @@ def test_the_rank_holds_the_tokens_to_learn(tokens: int, rank: int) -> None:
 def test_batch_and_epochs_follow_the_rows(rows: int, batch: int, epochs: float) -> None:
     config = settle(Facts(rows=rows))
     assert (config.batch_size, config.epochs) == (batch, epochs)
-    assert settle(Facts(rows=rows, gpus=8)).batch_size == max(8, batch)
 
 
 @pytest.mark.parametrize(("hidden", "rate"), [(256, 1e-3), (2000, 5e-4), (4096, 3e-4), (8192, 2e-4), (50_000, 1e-4)])

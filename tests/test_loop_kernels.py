@@ -6,10 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraport.train.loop.attention import Documents, attend, by_document
+from loraport.train.loop.attention import Documents, attend, by_document, packed
 from loraport.train.loop.fused import forget, fuse, unfuse
-from loraport.train.loop.groups import dense
-from loraport.train.loop.kernels import RmsNorm, Rope, cross_entropy, rotate, swiglu, swiglu_backward
+from loraport.train.loop.groups import Group, dense
+from loraport.train.loop.kernels.cross_entropy import cross_entropy
+from loraport.train.loop.kernels.dropout import add_dropped, draw_seed, drop
+from loraport.train.loop.kernels.heads import Heads, join_heads, split_heads
+from loraport.train.loop.kernels.mlp import swiglu, swiglu_backward
+from loraport.train.loop.kernels.norm import RmsNorm, rms_norm, rms_norm_backward
 from loraport.train.loop.loss import HeadLoss
 from tests.loop import base_of, lora_on
 
@@ -37,7 +41,7 @@ def test_swiglu_and_its_gradients() -> None:
 @pytest.mark.parametrize("shape", [(6, 16), (1, 6, 16), (3, 4, 16)], ids=str)
 def test_rms_norm_and_its_gradient(shape: tuple[int, ...]) -> None:
     x, weight = torch.randn(shape, requires_grad=True), torch.randn(16)
-    y = RmsNorm.apply(x, weight, 1e-6, 3)
+    y = RmsNorm.apply(x, weight, 1e-6)
     wanted = torch.nn.functional.rms_norm(x, (16,), weight, 1e-6)
     torch.testing.assert_close(y, wanted)
     dy = torch.randn(shape)
@@ -48,10 +52,24 @@ def test_rms_norm_of_a_slice_of_a_wider_product() -> None:
     wide, weight = torch.randn(6, 40), torch.randn(16)
     x = wide[:, 8:24].requires_grad_()
     wanted = torch.nn.functional.rms_norm(x, (16,), weight, 1e-6)
-    found = RmsNorm.apply(x, weight, 1e-6, 0)
+    found = RmsNorm.apply(x, weight, 1e-6)
     torch.testing.assert_close(found, wanted)
     dy = torch.randn(6, 40)[:, 3:19]
     torch.testing.assert_close(*(torch.autograd.grad(each, x, dy)[0] for each in (found, wanted)))
+
+
+def test_the_norm_of_a_residual_stream() -> None:
+    """The way back adds what the stream brings, makes the output again, and leaves room behind its rows."""
+    x, weight, residual = torch.randn(6, 16, requires_grad=True), torch.randn(16), torch.randn(6, 20)[:, 1:17]
+    y, dy = rms_norm(x.detach(), weight, 1e-6, tail=3), torch.randn(6, 16)
+    assert y.stride() == (64, 1)
+    wanted = torch.nn.functional.rms_norm(x, (16,), weight, 1e-6)
+    dx, again = rms_norm_backward(dy, x.detach(), weight, 1e-6, residual, tail=5, again=True)
+    assert dx.stride() == (64, 1)
+    torch.testing.assert_close(dx, torch.autograd.grad(wanted, x, dy)[0] + residual)
+    torch.testing.assert_close(y, wanted.detach())
+    assert again is not None
+    torch.testing.assert_close(again, wanted.detach())
 
 
 def angles(length: int, size: int) -> tuple[Tensor, Tensor]:
@@ -60,20 +78,39 @@ def angles(length: int, size: int) -> tuple[Tensor, Tensor]:
     return both.cos(), both.sin()
 
 
-def test_rope_and_its_gradient() -> None:
+@pytest.mark.parametrize("norms", [False, True], ids=["plain", "with norms"])
+def test_heads_and_their_gradients(norms: bool) -> None:
+    """Against transformers' rotation and torch's norm; rows of the product have something else behind them."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     cos, sin = angles(5, 8)
-    x = torch.randn(5, 3, 8, dtype=DOUBLE, requires_grad=True)
-    wanted, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos[None], sin[None])
-    torch.testing.assert_close(Rope.apply(x, cos, sin), wanted[0].transpose(0, 1))
-    assert torch.autograd.gradcheck(lambda each: Rope.apply(each, cos, sin), (x,))
+    weights = [torch.randn(8, dtype=DOUBLE) for _ in range(2)] if norms else [None, None]
+    heads = Heads(4, 2, 8, *weights, 1e-6)
+    wide = torch.randn(5, 70, dtype=DOUBLE)
+    qkv = wide[:, :64].clone().requires_grad_()
+    parts = [part.view(5, -1, 8) for part in qkv.split([32, 16, 16], dim=1)]
+    if norms:
+        parts[:2] = [
+            torch.nn.functional.rms_norm(part, (8,), weight, 1e-6)
+            for part, weight in zip(parts[:2], weights, strict=True)
+        ]
+    turned = apply_rotary_pos_emb(*(each.transpose(0, 1)[None] for each in parts[:2]), cos[None], sin[None])
+    wanted = [*(each[0].transpose(0, 1) for each in turned), parts[2]]
+    dys = [torch.randn_like(each) for each in wanted]
+    gradient = torch.autograd.grad(wanted, qkv, dys)[0]
+    found = split_heads(wide, heads, cos, sin)
+    for ours, plain in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, plain.detach())
+    behind = wide[:, 64:].clone()
+    join_heads(*dys, wide, heads, cos, sin, wide)
+    torch.testing.assert_close(wide[:, :64], gradient)
+    assert torch.equal(wide[:, 64:], behind)
 
 
 def test_rope_over_a_part_of_the_head_is_refused() -> None:
     cos, sin = angles(5, 4)
     with pytest.raises(RuntimeError, match="size of tensor"):
-        rotate(torch.randn(5, 3, 8, dtype=DOUBLE), cos, sin, 1.0)
+        split_heads(torch.randn(5, 24, dtype=DOUBLE), Heads(1, 1, 8), cos, sin)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.01])
@@ -161,31 +198,38 @@ def test_attention_refuses_what_it_cannot_do(asked: dict[str, Any]) -> None:
         attend(torch.nn.Module(), x, x, x, None, **documents, **asked)
 
 
-def test_the_gradients_of_fused_layers_are_those_of_finite_differences() -> None:
-    """In float64 and with a mask that is the same each time: dropout's gradient is that of its forward."""
-    model = lora_on(base_of("llama"), dropout=0.5).double().train()
-    layer = model.get_base_model().model.layers[0]
-    learning = [p for p in layer.mlp.parameters() if p.requires_grad]
-    x = torch.randn(3, 32, dtype=DOUBLE, requires_grad=True)
-    fuse(model)
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
+@pytest.mark.parametrize("kind", ["llama-biases", "qwen3", "granite"])  # whole layers; an MLP and linears by themselves
+def test_the_gradients_of_fused_layers_are_those_of_finite_differences(kind: str, again: bool) -> None:
+    """In float64 and with dropout that is the same each time: its gradient is that of its forward."""
+    model = lora_on(base_of(kind), dropout=0.5).double().train()
+    body = model.get_base_model().model
+    layer = body.layers[0]
+    learning = [p for p in layer.parameters() if p.requires_grad]
+    x = torch.randn(1, 7, 32, dtype=DOUBLE, requires_grad=True)
+    angles_of = body.rotary_emb(x, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2]]))
+    documents = Documents(torch.tensor([0, 4, 7]), (4, 3)).kwargs()
 
     def seeded(*_: Tensor) -> Tensor:
         torch.manual_seed(5)
-        return layer.mlp(x)
+        return layer(x, position_embeddings=angles_of, attention_mask=None, **documents)
 
-    torch.testing.assert_close(seeded(), seeded(), rtol=0, atol=0)
-    dy = torch.randn(3, 32, dtype=DOUBLE)
-    found = torch.autograd.grad(seeded(), [x, *learning], dy)
-    for tensor, gradient in zip([x, *learning], found, strict=True):
-        direction = torch.randn_like(tensor)
-        slope = 0.0
-        for sign in (1, -1):
-            tensor.data += sign * 1e-5 * direction
-            forget(layer.mlp)
-            slope += sign * (seeded() * dy).sum().item() / 2e-5
-            tensor.data -= sign * 1e-5 * direction
-        assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-4)
-    unfuse(model)
+    with packed(model):
+        fuse(model)
+        layer.__dict__["again"] = again
+        torch.testing.assert_close(seeded(), seeded(), rtol=0, atol=0)
+        dy = torch.randn(1, 7, 32, dtype=DOUBLE)
+        found = torch.autograd.grad(seeded(), [x, *learning], dy)
+        for tensor, gradient in zip([x, *learning], found, strict=True):
+            direction = torch.randn_like(tensor)
+            slope = 0.0
+            for sign in (1, -1):
+                tensor.data += sign * 1e-5 * direction
+                forget(layer)
+                slope += sign * (seeded() * dy).sum().item() / 2e-5
+                tensor.data -= sign * 1e-5 * direction
+            assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-4, abs=1e-6)
+        unfuse(model)
 
 
 def test_dropout_is_that_of_peft() -> None:
@@ -207,17 +251,22 @@ def test_dropout_is_that_of_peft() -> None:
     assert float(wanted[1].min()) > 0
 
 
-def test_the_mask_keeps_the_share_that_it_should() -> None:
+def test_dropout_keeps_the_share_that_it_should() -> None:
+    seed = draw_seed()
+    dropped = drop(torch.ones(400, 500), 0.25, seed)
+    assert sorted(dropped.unique().tolist()) == pytest.approx([0, 1 / 0.75])
+    assert float((dropped > 0).float().mean()) == pytest.approx(0.75, abs=0.005)
+    assert not torch.equal(dropped, drop(torch.ones(400, 500), 0.25, draw_seed()))
+    x, y = torch.randn(400, 500), torch.randn(400, 500)
+    torch.testing.assert_close(add_dropped(y.clone(), x, 0.25, seed), y + x * dropped)
+
+
+def test_nothing_is_dropped_in_an_evaluation() -> None:
     linear = lora_on(base_of("llama"), dropout=0.25).get_base_model().model.layers[0].self_attn.q_proj
-    fuse(linear)
-    linear(torch.randn(1, 32))
-    (group,) = linear.linear_groups
-    mask = group.mask(torch.ones(400, 500))
-    assert sorted(mask.unique().tolist()) == pytest.approx([0, 1 / 0.75])
-    assert float((mask > 0).float().mean()) == pytest.approx(0.75, abs=0.005)
+    group = Group([linear.train()])
+    assert group.seed() is not None
     linear.eval()
-    assert group.mask(torch.ones(4, 5)) is None
-    unfuse(linear)
+    assert group.seed() is None
 
 
 def test_a_weight_is_cast_for_the_arithmetic_alone() -> None:

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from loraport.clients.errors import ConfigError, Refused
+from loraport.clients.errors import BaseModelError, ConfigError, Refused
 from loraport.clients.rows import Row
 from loraport.train.base_model import resolve
 from loraport.train.data.tokens import Encoder
-from loraport.train.loop.lora import Device, load_lora
+from loraport.train.loop.lora import Device, load_lora, with_lora
 from loraport.train.memory.machine import Types, choose_types
 from loraport.train.proof.golden import golden_replies, greedy_reply
 from loraport.train.run import save_weights
@@ -77,14 +77,21 @@ def test_golden_replies_tell_adapter_and_base_apart(model: Any, encoder: Encoder
         ("nf4", Device("cuda", True), Types("nf4", "bfloat16")),
         ("nf4", Device("cuda", False), Types("nf4", "float16")),
         ("fp32", Device("cuda", True), Types("float32", "float32")),
+        ("nf4 fp32", Device("cuda", True), Types("nf4", "float32")),
+        ("int8 fp16", Device("cuda", True), Types("int8", "float16")),
+        ("bf16 bf16", Device("cpu", False), Types("bfloat16", "bfloat16")),
+        ("auto fp16", Device("cuda", True), Types("float16", "float16")),
     ],
 )
 def test_types_follow_the_device(tiny_base: Path, load: str, device: Device, expected: Types) -> None:
-    assert choose_types(config_for(str(tiny_base), load=load), device) == expected
+    """`load`, and behind it a compute type that it may have."""
+    held, _, computed = load.partition(" ")
+    config = config_for(str(tiny_base), load=held, compute_dtype=computed or "auto")
+    assert choose_types(config, device) == expected
 
 
 def test_a_base_is_held_in_the_type_of_the_arithmetic(tiny_base: Path) -> None:
-    config = config_for(str(tiny_base), load="fp32", compute_dtype="bf16")
+    config = config_for(str(tiny_base), load="auto", compute_dtype="bf16")
     linear = load_lora(resolve(str(tiny_base)), config).get_base_model().model.layers[0].mlp.up_proj
     assert choose_types(config, Device.here()).held == str(linear.base_layer.weight.dtype).removeprefix("torch.")
 
@@ -94,6 +101,14 @@ def test_weights_that_are_not_finite_are_not_stored(model: Any, tmp_path: Path) 
     with pytest.raises(Refused, match="not finite"):
         save_weights(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_linears_that_peft_refuses_are_named() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    base = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4))
+    with pytest.raises(BaseModelError, match=r"PEFT puts no adapter on out_proj of tiny: .* incompatible with Mamba"):
+        with_lora(base, config_for(), ["out_proj"])
 
 
 def test_the_head_is_no_target(tiny_base: Path) -> None:

@@ -2,8 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +16,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from loraport.clients.errors import Refused
+from loraport.clients.errors import AdapterError, Refused
 from loraport.clients.home import Home
 from loraport.train.adapters import WEIGHTS, Adapter, versions
 from loraport.train.base_model import resolve as open_base
 from loraport.train.config import RunConfig
 from loraport.train.defaults import Facts, resolve
+from loraport.train.loop import launch
 from loraport.train.loop.checkpoints import step_of, whole
-from loraport.train.loop.launch import fit_on
+from loraport.train.loop.launch import fit_on, load_trained
+from loraport.train.loop.lora import load_lora
 from loraport.train.loop.settings import Settings
 from loraport.train.loop.shards import Shards
 from loraport.train.run import train
 from tests.conftest import ROOT, free_port
-from tests.loop import ToyRows, assert_same, weights_of
+from tests.loop import ToyRows, assert_same, config_for, lora_on, weights_of
 from tests.loop_run import learned, run
 from tests.test_train_run import write_rows
 
@@ -80,6 +86,78 @@ def test_why_one_of_the_processes_ended_is_told(tiny_base: Path, tmp_path: Path,
     assert versions(home, "wild") == []
 
 
+def weights_but(change: Any) -> Any:
+    """`load_file` of which `change` makes something else."""
+    return lambda path: change(dict(load_file(path)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda found: found | {"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(8, 64)},
+        lambda found: dict(list(found.items())[1:]),
+    ],
+    ids=["a weight too many", "a weight too few"],
+)
+def test_an_adapter_that_is_only_half_applied_is_refused(
+    change: Any, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(str(tiny_base))
+    load_lora(open_base(str(tiny_base)), config).save_pretrained(tmp_path)
+    assert load_trained(open_base(str(tiny_base)), config, tmp_path)
+    monkeypatch.setattr("safetensors.torch.load_file", weights_but(change))
+    with pytest.raises(AdapterError, match="1 weights of the trained adapter do not belong to this model, or are"):
+        load_trained(open_base(str(tiny_base)), config, tmp_path)
+
+
+def slow(folder: str, pause: float) -> None:
+    """A process that is in a long step when it is asked to end, and writes a checkpoint behind it."""
+    asked = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    Path(folder, f"{os.getpid()}.begun").touch()
+    while not asked:
+        time.sleep(0.01)
+    time.sleep(pause)
+    Path(folder, f"{os.getpid()}.saved").touch()
+
+
+def begin(folder: Path, pauses: list[float]) -> list[Any]:
+    """Such processes, in the middle of their step."""
+    processes = [get_context("spawn").Process(target=slow, args=(str(folder), pause)) for pause in pauses]
+    for process in processes:
+        process.start()
+    while len(list(folder.glob("*.begun"))) < len(pauses):
+        assert all(process.is_alive() for process in processes)
+        time.sleep(0.01)
+    return processes
+
+
+def test_a_stop_waits_for_a_long_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "PATIENCE", 0.5)
+    processes = begin(tmp_path, [2.0, 2.1])
+    launch.stop(processes)
+    assert len(list(tmp_path.glob("*.saved"))) == 2
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def test_a_process_that_waits_for_one_that_died_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "PATIENCE", 0.5)
+    processes = begin(tmp_path, [1000.0, 1000.0])
+    processes[1].kill()
+    launch.stop(processes)
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL] * 2
+
+
+def test_a_second_signal_ends_all_at_once(tmp_path: Path) -> None:
+    processes = begin(tmp_path, [1000.0, 1000.0])
+    again = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    again.start()
+    with pytest.raises(KeyboardInterrupt):
+        launch.stop(processes)
+    again.join()
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL] * 2
+
+
 def test_a_base_in_shares_learns_the_same(tmp_path: Path, tiny_base: Path, home: Home) -> None:
     data = write_rows(tmp_path / "rows.jsonl")
     given = {
@@ -105,8 +183,8 @@ def test_a_base_in_shares_learns_the_same(tmp_path: Path, tiny_base: Path, home:
 
 def test_a_layer_is_there_only_while_it_is_used(tiny_base: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
-    weight = model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
-    model.requires_grad_(False)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    model = lora_on(model.requires_grad_(False))
     whole, ids = weight.detach().clone(), torch.arange(3, 20)[None]
     wanted = model(input_ids=ids).logits
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

@@ -140,6 +140,20 @@ def test_a_signal_to_the_process_and_its_group_is_one(tmp_path: Path) -> None:
     assert [step_of(path) for path in whole(tmp_path)] == [3, 5]
 
 
+class LastSignal(Signal):
+    """Sends it while the last weights are evaluated."""
+
+    on_step_begin = TrainerCallback.on_step_begin
+    on_evaluate = Signal.on_step_begin
+
+
+def test_a_signal_behind_the_last_step_ends_the_run_too(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        run(tmp_path, callbacks=(LastSignal(signal.SIGTERM, 13),))
+    _, outcome = run(tmp_path, resume=True)
+    assert outcome.metrics["steps"] == 12 and len(learned(outcome.history)) == 12 + 4
+
+
 def test_a_signal_before_the_first_step_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = fit_module.make_trainer
 
@@ -153,10 +167,30 @@ def test_a_signal_before_the_first_step_counts(tmp_path: Path, monkeypatch: pyte
     assert [step_of(path) for path in whole(tmp_path)] == [1]
 
 
-def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
-    model, outcome = run(tmp_path, epochs=1)
-    again, resumed = run(tmp_path, resume=True, epochs=1)
-    assert resumed.metrics["steps"] == outcome.metrics["steps"] == 4
+class Evaluated(TrainerCallback):
+    """Notes how far evaluations are."""
+
+    trainer: Any = None
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seen.append(self.trainer.evaluated)
+
+
+def test_an_evaluation_tells_how_far_it_is(tmp_path: Path) -> None:
+    watching = Evaluated()
+    run(tmp_path, callbacks=(watching,), epochs=1)
+    total = watching.seen[0][1]
+    assert total > 1 and watching.seen[:total] == [(done, total) for done in range(1, total + 1)]
+
+
+@pytest.mark.parametrize(("settings", "steps"), [({"epochs": 1}, 4), ({"max_steps": 6}, 6)])
+def test_a_finished_run_is_not_trained_further(settings: dict[str, int], steps: int, tmp_path: Path) -> None:
+    model, outcome = run(tmp_path, **settings)
+    again, resumed = run(tmp_path, resume=True, **settings)
+    assert resumed.metrics["steps"] == outcome.metrics["steps"] == steps
     for figure in ("train_loss", "eval_loss", "best_step"):
         assert resumed.metrics[figure] == outcome.metrics[figure]
     assert all(torch.equal(each, weights_of(model)[name]) for name, each in weights_of(again).items())

@@ -13,7 +13,7 @@ from loraport.train.loop import loss as loss_module
 from loraport.train.loop.checkpoints import step_of, whole
 from loraport.train.loop.fit import fit
 from loraport.train.loop.launch import killed
-from loraport.train.loop.settings import Settings, checkpointed, step_down
+from loraport.train.loop.settings import Settings, step_down
 from tests.loop import ToyRows, assert_same, base_of, config_for, lora_on, weights_of
 
 
@@ -148,11 +148,6 @@ def test_the_ladder_goes_down_to_one_row_and_the_host() -> None:
         Settings(30, 5),
         Settings(30, 5, True),
     ]
-
-
-def test_the_words_for_checkpointing_are_numbers_of_layers() -> None:
-    modes = ("off", "half", "full", "offload", "auto")
-    assert [checkpointed(mode, 5) for mode in modes] == [0, 2, 5, 5, 0]
 
 
 def test_a_process_that_the_kernel_ended_is_told_as_such() -> None:

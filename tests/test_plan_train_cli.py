@@ -63,6 +63,17 @@ def test_the_document(mistral: Path) -> None:
     assert [rung["checkpointing"] for rung in document["ladder"]] == ["off", "half", "full", "offload"]
 
 
+def test_the_number_of_gpus_changes_no_setting_that_changes_the_result(mistral: Path, tmp_path: Path) -> None:
+    """One rule for the plan and for the run, which has it in train/run.py."""
+    words = ["--model", mistral, "--load", "nf4", "--gpu-name", "T4", "--rows", "50", "--json"]
+    (tmp_path / "run.yaml").write_text("gpus: 8\n")
+    one, eight = plan(*words), plan(*words, "--config", tmp_path / "run.yaml")
+    found = [json.loads(done.stdout) for done in (one, eight)]
+    assert found[0]["settings"]["batch_size"] == found[1]["settings"]["batch_size"] == 4
+    assert [document["gpu"]["count"] for document in found] == [1, 4]
+    assert "4 of 8 GPUs are used, one for each row of a step" in " ".join(eight.stderr.split())
+
+
 def test_the_text_ends_with_the_verdict(mistral: Path) -> None:
     done = plan("--model", mistral, *RECIPE, "--gpu-memory", "16")
     assert done.returncode == 0 and done.stdout == ""

@@ -1,5 +1,6 @@
 """What is said of a run: verdicts, requirements, the report, and progress while it lasts."""
 
+import io
 import json
 import math
 import re
@@ -10,10 +11,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from rich.console import Console
 
 from loraport.clients.errors import ConfigError, Shortfall
 from loraport.train.config import load_config
 from loraport.train.defaults import Choice
+from loraport.train.loop import progress
 from loraport.train.loop.progress import MANY_STEPS, Phases, ProgressCallback, clock, took
 from loraport.train.manifest import BaseIdentity, DataCounts, Manifest
 from loraport.train.proof.charts import Scale, Series, line_chart, number, smooth, thin
@@ -352,6 +355,25 @@ def test_lines_of_long_runs_are_short(capsys: pytest.CaptureFixture[str]) -> Non
     lines = run_callback(2 * MANY_STEPS, capsys)
     assert len(lines) == 2 * MANY_STEPS + 2
     assert "GiB" not in lines[0]
+
+
+def test_an_evaluation_has_a_bar_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "console", Console(file=io.StringIO(), force_terminal=True, width=100))
+    callback = ProgressCallback()
+    callback.trainer = SimpleNamespace(tokens_seen=1000, evaluated=(0, 1))
+    state = SimpleNamespace(global_step=1, max_steps=4, epoch=0.0, is_world_process_zero=True)
+    callback.on_train_begin(None, state, None)
+
+    def evaluation() -> list[tuple[float, float | None]]:
+        return [(task.completed, task.total) for task in callback.bar.tasks if task.description == "evaluating"]
+
+    for done in (1, 2, 3):
+        callback.trainer.evaluated = done, 3
+        callback.on_prediction_step(None, state, None)
+        assert evaluation() == [(done, 3)]
+    callback.on_log(None, state, None, {"eval_loss": 1.0})
+    assert evaluation() == []
+    callback.close()
 
 
 def test_phases_say_how_long_they_took(capsys: pytest.CaptureFixture[str]) -> None:

@@ -270,6 +270,7 @@ def test_a_gpu_is_read(monkeypatch: pytest.MonkeyPatch, name: str | bytes, capab
         ("MIG-ab12", ["MIG-ab12"], "cuda"),
         ("", [], "cpu"),
         ("-1", [], "cpu"),
+        ("-1,0", [], "cpu"),
         ("7", [7], "cpu"),
         ("GPU-gone", ["GPU-gone"], "cpu"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from loraport.train.base_model import resolve
 from loraport.train.config import RunConfig
 from loraport.train.defaults import Facts
 from loraport.train.defaults import resolve as derive
+from loraport.train.loop import checkpoints
 from loraport.train.loop.checkpoints import held, run_folder
 from loraport.train.manifest import Manifest
 from loraport.train.run import count_gpus, train
@@ -210,9 +212,47 @@ def test_an_unfinished_run_is_not_thrown_away(
         train(config.model_copy(update={"name": "other"}), home, resume=True)
 
 
+def test_a_signal_after_the_training_says_what_is_kept(
+    config: RunConfig, home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("loraport.train.proof.evaluate.compare", stop)
+        train(config, home)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "stopped before the adapter was stored; its checkpoint of step 3 is kept: go on with --resume" in said
+    assert versions(home, "colours") == []
+    assert train(config, home, resume=True).manifest.version == "v1"
+    assert "step 1/3" not in capsys.readouterr().err
+
+
 def test_one_run_at_a_time_for_a_name(config: RunConfig, home: Home) -> None:
     with held(run_folder(home, "colours")), pytest.raises(ResourceError, match="another process is training colours"):
         train(config, home)
+
+
+def test_the_lock_of_a_run_goes_with_it(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a run opened the file that the one before is about to remove: what it holds then is no lock."""
+    folder, own, tries = run_folder(home, "colours.v2"), checkpoints.fcntl.flock, 0
+
+    def late(lock: Any, how: int) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            Path(lock.name).unlink()
+        own(lock, how)
+
+    monkeypatch.setattr(checkpoints.fcntl, "flock", late)
+    with held(folder):
+        with pytest.raises(ResourceError, match=r"another process is training colours\.v2 right now"), held(folder):
+            pass
+        with held(run_folder(home, "colours.v3")), held(run_folder(home, "colours")):  # other names
+            pass
+    assert tries == 5 and list(folder.parent.iterdir()) == []
+    with pytest.raises(OSError, match="of the run"), held(folder):  # not of the lock
+        raise OSError("an error of the run")
 
 
 def test_two_trainings_of_one_name_get_two_versions(config: RunConfig, home: Home) -> None:
@@ -271,6 +311,47 @@ def test_an_unknown_architecture_is_refused(tiny_base: Path, tmp_path: Path, con
     (copy / "config.json").write_text(json.dumps(settings))
     with pytest.raises(BaseModelError):
         train(config.model_copy(update={"model": str(copy)}), home)
+
+
+def as_kind(base: Path, folder: Path, kind: str, **special: Any) -> Path:
+    """A random model of another architecture with the tokenizer and the shape of `base`."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    shutil.copytree(base, folder)
+    (folder / "model.safetensors").unlink()
+    shape = json.loads((folder / "config.json").read_text())
+    for key in ("model_type", "architectures", "layer_types", "rope_parameters"):
+        shape.pop(key, None)
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**shape | special)).save_pretrained(folder)
+    return folder
+
+
+HEADS = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+LINEAR = {"num_experts": 0, "num_hidden_layers": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8} | HEADS
+
+
+@pytest.mark.parametrize(
+    ("kind", "special", "says"),
+    [
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}, "mixture of experts"),
+        ("qwen3_next", LINEAR, "without softmax attention (linear_attention)"),
+    ],
+)
+def test_a_base_that_cannot_be_planned_for_is_trained_if_it_can_be(
+    kind: str,
+    special: dict[str, Any],
+    says: str,
+    tiny_base: Path,
+    tmp_path: Path,
+    config: RunConfig,
+    home: Home,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = config.model_copy(update={"target_modules": ("all-linear",)})
+    config = config.model_copy(update={"model": str(as_kind(tiny_base, tmp_path / kind, kind, **special))})
+    assert {"k_proj", "o_proj", "q_proj", "v_proj"} <= set(train(config, home).manifest.target_modules)
+    said = " ".join(capsys.readouterr().err.split())
+    assert says in said and "a row at a time with full checkpointing" in said
 
 
 def test_gpus_that_a_step_has_no_rows_for_are_said(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,9 @@ class RunConfig(BaseModel):
         "load_in_8bit, nf4 is load_in_4bit with bnb_4bit_quant_type nf4 (QLoRA): both need a GPU.",
     )
     compute_dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="Type of the arithmetic (bnb_4bit_compute_dtype): bf16 or fp16, one of them."
+        "auto",
+        description="Type of the arithmetic (bnb_4bit_compute_dtype) where the base is held in int8 or nf4; else it "
+        "computes in the type it is held in.",
     )
     double_quant: bool = Field(
         True, description="Quantise the scales of nf4 as well (bnb_4bit_use_double_quant): 0.4 bits a weight less."
@@ -104,7 +106,8 @@ class RunConfig(BaseModel):
     weight_decay: float = Field(0.0, ge=0, description="Decay of AdamW.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     optimizer: Literal["auto", "adamw", "paged_adamw_8bit"] = Field(
-        "auto", description="auto is paged_adamw_8bit where the base is held in int8 or nf4, adamw elsewhere."
+        "auto",
+        description="auto is paged_adamw_8bit for more than 64M parameters on a base in int8 or nf4, else adamw.",
     )
     seed: int = Field(0, description="Of initialisation, order and dropout.")
 
@@ -168,9 +171,11 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def check_together(self) -> Self:
         """Refuse settings that contradict each other, by the names of their flags."""
-        pair = {self.load, self.compute_dtype}
-        if pair == {"bf16", "fp16"}:
-            raise ValueError(f"--load {self.load} and --compute-dtype {self.compute_dtype}: bf16 or fp16, one of them")
+        if self.load not in ("auto", "int8", "nf4") and self.compute_dtype not in ("auto", self.load):
+            raise ValueError(
+                f"--load {self.load} and --compute-dtype {self.compute_dtype}: one of them, because a base computes in "
+                f"the type it is held in unless that is int8 or nf4"
+            )
         if ALL_LINEAR in self.target_modules and len(self.target_modules) > 1:
             raise ValueError(f"--target-modules {ALL_LINEAR} stands alone: it is all of them")
         if self.warmup_ratio is not None and self.warmup_steps is not None:
@@ -316,4 +321,5 @@ def explain_invalid(error: ValidationError, where: str) -> ConfigError:
     value = f" (it is {first['input']!r})" if key else ""
     sentence = f"{key} in {where} is wrong: {problem}{value}." if key else f"{problem}."
     field = RunConfig.model_fields.get(key)
-    return ConfigError(sentence, f"{key}: {field.description}" if field and field.description else "")
+    hint = f"{key}: {field.description}" if field and field.description else "`loraport train --help` explains each"
+    return ConfigError(sentence, hint)

@@ -51,7 +51,6 @@ class Facts:
     hidden_size: int | None = None
     max_positions: int | None = None
     width: int | None = None
-    gpus: int = 1
 
     @classmethod
     def of_base(cls, config: dict[str, Any]) -> "Facts":
@@ -131,12 +130,10 @@ def choose_rank(facts: Facts) -> tuple[int, str]:
 
 
 def choose_batch(facts: Facts) -> tuple[int, str]:
-    """Rows a step, at least one for each GPU."""
+    """Rows a step, however many GPUs there are: it decides about the result."""
     if facts.rows is None:
-        return max(16, facts.gpus), "LoRA prefers fewer than 32"
+        return 16, "LoRA prefers fewer than 32"
     size = next(size for below, size in BATCHES if facts.rows < below)
-    if size < facts.gpus:
-        return facts.gpus, "one row for each GPU"
     return size, f"{facts.rows:,} rows; LoRA prefers fewer than 32"
 
 

@@ -11,14 +11,15 @@ import math
 import os
 import sys
 import time
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from loraport.clients.errors import ConfigError, Refused, ResourceError, UsageError, os_errors
+from loraport.clients.errors import BaseModelError, ConfigError, Refused, ResourceError, UsageError, os_errors
 from loraport.clients.home import Home, require_disk
 from loraport.clients.rows import Message, Row
 from loraport.clients.terminal import say
@@ -37,7 +38,7 @@ from loraport.train.proof.gate import Requirement, check_requirements, find_unme
 from loraport.train.weights import read_safetensors_shapes
 
 # Part of the fingerprint: raised when the same inputs would now give another adapter.
-RECIPE = 2
+RECIPE = 3
 GOLDEN_PROMPTS = 16
 HELD_OUT = 200  # rows whose text is kept in memory for what comes after the training
 FALLBACK_PROMPT = [{"role": "user", "content": "Hello."}]  # where the rows are documents, which ask nothing
@@ -122,14 +123,30 @@ def run_job(job: Job, home: Home, phases: Any, runs: Path, sealed: dict[str, Any
 
     config, started = job.config, time.monotonic()
     with ExitStack() as stack:
+        stack.enter_context(interrupted(runs, KeyboardInterrupt))
         tracking = stack.enter_context(Tracking(config.track, home, config.name, config.model_dump(mode="json")))
         folder = stack.enter_context(PartialVersion(home, config.name))
         require_disk(folder, job.disk, f"the adapter {config.name}")
         model, outcome = fit_here(job, phases, runs, sealed, checkpoint, tracking)
-        adapter = store(job, model, outcome, home, folder, phases, started)
+        with interrupted(runs, SystemExit):  # the loop has its own words for it
+            adapter = store(job, model, outcome, home, folder, phases, started)
         clear(runs)
         tracking.finish(adapter.folder, adapter.manifest.metrics)
         return adapter
+
+
+@contextmanager
+def interrupted(runs: Path, signalled: type[BaseException]) -> Iterator[None]:
+    """While it lasts, a signal ends the run with a word about what is kept."""
+    try:
+        yield
+    except signalled:
+        found = whole(runs)
+        kept = (
+            f"its checkpoint of step {step_of(found[-1])} is kept: go on with --resume" if found else "nothing is kept"
+        )
+        say(f"stopped before the adapter was stored; {kept}", "yellow")
+        raise
 
 
 def fit_here(
@@ -137,8 +154,9 @@ def fit_here(
 ) -> tuple[Any, Any]:
     """The trained PeftModel and the outcome of the loop, on one GPU or several."""
     from loraport.train.loop.fit import fit
+    from loraport.train.loop.gpu_memory import limit_memory
     from loraport.train.loop.launch import fit_on
-    from loraport.train.loop.lora import limit_memory, load_lora
+    from loraport.train.loop.lora import load_lora
     from loraport.train.loop.progress import ProgressCallback
 
     rest = (job.data.rows, job.data.eval_rows, job.config, job.settings, runs, sealed, checkpoint)
@@ -147,7 +165,7 @@ def fit_here(
             model, outcome = fit_on(job.gpus, job.base, *rest, tracking.report_elsewhere)
         tracking.replay(outcome.history)
         return model, outcome
-    limit_memory(job.config)
+    limit_memory(job.config.gpu_memory)
     with phases("loading the base"):
         model = load_lora(job.base, job.config)
     progress = ProgressCallback()
@@ -191,7 +209,7 @@ def judge(adapter: Adapter, requirements: list[Requirement]) -> None:
 
 def say_inputs(base: Base, data: Data, choices: list[defaults.Choice]) -> None:
     """What is trained on what, with which derived settings, and what is doubtful about the rows."""
-    from loraport.train.data.quick import quick_check, say_warnings
+    from loraport.train.data.quick import say_warnings, warnings_of
 
     say(
         f"base {base.model} ({base.weight_bytes / 2**20:,.0f} MiB), {len(data.rows):,} rows, "
@@ -199,7 +217,7 @@ def say_inputs(base: Base, data: Data, choices: list[defaults.Choice]) -> None:
     )
     for note in data.notes:
         say(f"note: {note}", "yellow")
-    say_warnings(quick_check(data.rows, data.eval_rows, data.encoder))
+    say_warnings(warnings_of(data.rows, data.eval_rows, data.encoder))
     defaults.say_choices(choices)
 
 
@@ -219,33 +237,47 @@ def count_gpus(config: ResolvedConfig) -> int:
     """GPUs that the run uses; ConfigError when there are fewer than were asked for. A CPU may stand for any number."""
     import torch
 
+    from loraport.train.memory.machine import gpus_with_rows
+
     here = torch.cuda.device_count()
     if config.gpus and here and config.gpus > here:
         raise ConfigError(f"--gpus {config.gpus}: there are {here} here.", "leave it away to use all")
-    wanted = config.gpus or max(here, 1)
-    if wanted > config.batch_size:
-        say(
-            f"note: {config.batch_size} of {wanted} GPUs are used, one for each row of a step; a larger --batch-size "
-            f"uses more, with another result",
-            "yellow",
-        )
-    return min(wanted, config.batch_size)
+    return gpus_with_rows(config.gpus or max(here, 1), config.batch_size)
 
 
 def choose_settings(config: ResolvedConfig, base: Base, data: Data, gpus: int) -> Settings:
     """How the run uses the memory here; ResourceError that says what would fit when nothing does."""
     from loraport.train.memory.machine import machine_for_run
     from loraport.train.memory.plan import plan, require_fit
-    from loraport.train.memory.shapes import read_shape
+    from loraport.train.memory.shapes import Uncounted, read_shape
 
     longest = max(int(data.rows.lengths.max()), int(data.eval_rows.lengths.max()))
-    made = plan(config, read_shape(base.config, base.model), machine_for_run(config.gpu_memory, gpus), longest)
+    try:
+        shape = read_shape(base.config, base.model)
+    except Uncounted as error:
+        return least_settings(config, base, longest, error)
+    made = plan(config, shape, machine_for_run(config.gpu_memory, gpus), longest)
     require_fit(made)
     defaults.say_choices(made.choices)
     chosen = made.settings
     if chosen.sharding == "fsdp" and config.load == "int8":  # bitsandbytes keeps its own hold of int8 weights
         raise ConfigError("--load int8 cannot be shared among GPUs, and no GPU here holds the base.", "use --load nf4")
     return Settings(chosen.micro_batch_tokens, chosen.checkpointed_layers, chosen.offload, chosen.sharding == "fsdp")
+
+
+def least_settings(config: ResolvedConfig, base: Base, longest: int, error: BaseModelError) -> Settings:
+    """What needs least memory, for a base that cannot be planned for; what is given stays as it is."""
+    from loraport.train.memory.servable import check_servable
+
+    check_servable(base.config.get("architectures") or (), base.model)
+    text = base.config.get("text_config") or base.config
+    layers = int(defaults.first(text, "num_hidden_layers", "n_layer") or 0)
+    say(f"note: {error.message} It is trained a row at a time with full checkpointing, unless told otherwise", "yellow")
+    return Settings(
+        max(config.micro_batch_tokens or longest, longest),
+        {"off": 0, "half": layers // 2}.get(config.checkpointing, layers),
+        config.checkpointing == "offload",
+    )
 
 
 def seal_of(config: ResolvedConfig, data_sha256: str, inputs: dict[str, str]) -> dict[str, Any]:

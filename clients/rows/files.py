@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from loraport.clients.errors import DataError, UsageError, os_errors
+from loraport.clients.rows.array import Documents
 from loraport.clients.rows.formats import HINTS, parse_json
 from loraport.clients.rows.row import place
 from loraport.clients.rows.source import suffix_of
 
 BOM = b"\xef\xbb\xbf"
 BATCH = 256  # records of a Parquet file at a time
-HEAD = 1 << 16  # bytes in which a JSON file shows whether its rows are inside "data"; of a Parquet column at a time
+HEAD = 1 << 16  # bytes of a Parquet column at a time
 
 
 @dataclass(frozen=True)
@@ -150,38 +151,23 @@ def without_nulls(value: Any) -> Any:
 
 def read_json(path: Path) -> Iterator[Record]:
     """Rows of an array, of the array in {"data": […]}, or of objects one after another; numbered from 1."""
-    import ijson
-
     number = 0
     with open_bytes(path) as handle:
-        head = handle.read(HEAD).removeprefix(BOM).lstrip()
-        handle.seek(3 if peek_bom(handle) else 0)
-        prefix = "item" if head[:1] == b"[" else "data.item" if holds_data(head) else ""
+        stream = io.TextIOWrapper(handle, "utf-8-sig", errors="surrogateescape", newline="")
         try:
-            for number, record in enumerate(ijson.items(handle, prefix, use_float=True, multiple_values=not prefix), 1):
-                yield number, record
-        except (ijson.JSONError, UnicodeDecodeError, EOFError, zlib.error) as error:
+            for number, (record, text) in enumerate(Documents(stream).rows(), 1):
+                yield number, broken_bytes(text, place(str(path), number, "row")) or record
+        except (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
             where = place(str(path), number + 1, "row")
-            problem = " ".join(str(error).split())[:80].rstrip(".")
+            problem = getattr(error, "msg", "not readable")
             yield number + 1, broken(where, f"not JSON ({problem})", "a JSON file holds an array of rows")
 
 
-def peek_bom(handle: IO[bytes]) -> bool:
-    """Whether the file begins with a byte order mark; leaves the handle anywhere."""
-    handle.seek(0)
-    return handle.read(3) == BOM
-
-
-def holds_data(head: bytes) -> bool:
-    """Whether the object that a file begins with has its rows in a list called `data`."""
-    import ijson
-
+def broken_bytes(text: str, where: str) -> Broken | None:
+    """Broken where `text` holds bytes that are no UTF-8."""
     try:
-        for prefix, event, _ in ijson.parse(io.BytesIO(head)):
-            if (prefix, event) == ("data", "start_array"):
-                return True
-            if (prefix, event) == ("", "end_map"):
-                return False
-    except ijson.JSONError:  # the head is cut off somewhere
-        return False
-    return False
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = len(text[: error.start].encode()) + 1
+        return broken(where, f"not UTF-8 (byte {byte})", "save the file as UTF-8")
+    return None

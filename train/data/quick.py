@@ -1,14 +1,20 @@
 """The warnings of `loraport data check` for a training run, from the tokens on disk that the run reads anyway.
 
-Nothing is rendered or tokenised: a thousand rows cost a tenth of a second. What a row can have wrong by itself
-is not looked for, because a run refuses such rows before; how rows relate, and whether they are enough, is.
+Nothing is rendered or tokenised: a thousand rows cost a tenth of a second, and only once. What a row can have wrong by
+itself is not looked for, because a run refuses such rows before; how rows relate, and whether they are enough, is.
 
-    >>> say_warnings(quick_check(store.subset(training), store.subset(held_out), encoder))
+    >>> say_warnings(warnings_of(store.subset(training), store.subset(held_out), encoder))
     warning: 2 training rows ask what the evaluation asks (rows 166, 167).
 """
 
+import json
+from contextlib import suppress
+from hashlib import sha256
+
 import numpy as np
 
+from loraport.clients.errors import ResourceError
+from loraport.clients.home import write_json
 from loraport.clients.terminal import say
 from loraport.train.data.check import Limits, Report, conclude
 from loraport.train.data.findings import Finding
@@ -19,6 +25,7 @@ from loraport.train.data.survey import SAMPLED, Survey, Surveyor, digest
 from loraport.train.data.tokens import IGNORED, Encoder
 
 UNLIMITED = 1 << 30  # a run refuses rows that are too long by itself
+CHECKS = 1  # raised when the same rows would now be warned of otherwise
 NAMED = 3  # rows that a warning names
 
 
@@ -81,11 +88,25 @@ def decode_answers(tokens: FlatTokens, encoder: Encoder, found: Survey) -> Array
     return np.array([digest(normalise(text)) for text in texts], np.uint64)
 
 
-def say_warnings(report: Report) -> None:
-    """Print errors and warnings, one line each; nothing where all is well."""
-    for finding in report.findings:
-        if finding.level != "note":
-            say(f"warning: {finding.message.rstrip('.')}{rows_of(finding)}.", "yellow")
+def warnings_of(train: Subset, evaluation: Subset, encoder: Encoder) -> list[str]:
+    """Errors and warnings, a sentence each; kept beside the tokens, so that the same rows are looked at once."""
+    digest = sha256(json.dumps([CHECKS, evaluation.store.folder.name]).encode())
+    for rows in (train, evaluation):
+        digest.update(rows.indices.tobytes())
+    kept = train.store.folder / f"warnings-{digest.hexdigest()[:16]}.json"
+    with suppress(OSError, ValueError):
+        return [str(line) for line in json.loads(kept.read_text(encoding="utf-8"))]
+    findings = quick_check(train, evaluation, encoder).findings
+    found = [f"{each.message.rstrip('.')}{rows_of(each)}." for each in findings if each.level != "note"]
+    with suppress(ResourceError):  # a run needs no cache
+        write_json(kept, found)
+    return found
+
+
+def say_warnings(found: list[str]) -> None:
+    """Print warnings, one line each; nothing where all is well."""
+    for line in found:
+        say(f"warning: {line}", "yellow")
 
 
 def rows_of(finding: Finding) -> str:

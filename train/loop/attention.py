@@ -1,8 +1,8 @@
 """Attention over packed documents: no token sees another document, no mask is built, no extra wheel is needed.
 
 A micro-step is one sequence (1, T) of documents one behind the other. On GPUs since Ampere they go to PyTorch's own
-flash attention with document boundaries, and documents of about equal length to cuDNN's, which is faster on Hopper;
-elsewhere each document goes through SDPA by itself.
+flash attention with document boundaries, and documents of one length to cuDNN's, which is faster on Hopper; elsewhere
+each document goes through SDPA by itself.
 
     >>> with packed(model):                       # transformers' modules call `attend` from here on
     ...     model(input_ids=ids_1T, position_ids=at_1T, **documents.kwargs())
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 NAME = "loraport"
-DENSE_STEP = 512  # cuDNN plans each new shape once, which takes tens of milliseconds: lengths are rounded up to this
+DENSE_STEP = 512  # cuDNN plans each new shape once, which takes tens of milliseconds: lone documents are of any length
 # What a module may pass to `attend` without wanting anything of it; whatever else it passes changes what it computes.
 HARMLESS = {"position_ids", "dropout", "is_causal", "use_cache", "logits_to_keep", "max_length_q", "max_length_k"} | {
     "cu_seq_lens_q",
@@ -30,7 +30,6 @@ HARMLESS = {"position_ids", "dropout", "is_causal", "use_cache", "logits_to_keep
     "output_hidden_states",
     "output_router_logits",
 }
-DENSE_WASTE = 1.25  # most padding, as a factor, at which cuDNN on equal lengths still beats flash attention
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,8 @@ def packed_attention(
     window = window if window and window < longest else None
     if not flash(q_TND):
         return by_document(q_TND, k_TMD, v_TMD, documents, scale, window)
-    length = -(-longest // DENSE_STEP) * DENSE_STEP
-    if window is None and hopper(q_TND) and length * len(documents.lengths) <= DENSE_WASTE * q_TND.shape[0]:
-        return dense(q_TND, k_TMD, v_TMD, documents, length, scale)
+    if window is None and hopper(q_TND) and alike(documents.lengths):
+        return dense(q_TND, k_TMD, v_TMD, len(documents.lengths), scale)
     return torch.ops.aten._flash_attention_forward(
         q_TND,
         k_TMD,
@@ -93,25 +91,22 @@ def capability(tensor: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(tensor.device)
 
 
-def dense(q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, documents: Documents, length: int, scale: float) -> Tensor:
-    """cuDNN on documents padded to one length: behind a document, where causal attention does not look."""
-    lengths = documents.lengths
-    whole = all(each == length for each in lengths)
+def alike(lengths: tuple[int, ...]) -> bool:
+    """Whether cuDNN takes documents of these lengths as a batch: all equal, in a shape that comes again."""
+    return len(set(lengths)) == 1 and (len(lengths) > 1 or lengths[0] % DENSE_STEP == 0)
+
+
+def dense(q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, count: int, scale: float) -> Tensor:
+    """cuDNN on `count` documents of one length."""
 
     def batch(x: Tensor) -> Tensor:
-        if whole:
-            return x.view(len(lengths), length, *x.shape[1:]).transpose(1, 2)
-        parts = [pad(part, (0, 0, 0, 0, 0, length - len(part))) for part in x.split(lengths)]
-        return torch.stack(parts).transpose(1, 2)
+        return x.view(count, -1, *x.shape[1:]).transpose(1, 2)
 
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]):
         out_BNLD = scaled_dot_product_attention(
             batch(q_TND), batch(k_TMD), batch(v_TMD), is_causal=True, scale=scale, enable_gqa=True
         )
-    out_BLND = out_BNLD.transpose(1, 2)
-    if whole:
-        return out_BLND.reshape(q_TND.shape)
-    return torch.cat([out_BLND[index, :each] for index, each in enumerate(lengths)])
+    return out_BNLD.transpose(1, 2).reshape(q_TND.shape)
 
 
 def by_document(

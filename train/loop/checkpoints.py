@@ -11,10 +11,11 @@ names every file with its size and what the run was made of.
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from loraport.clients.errors import ConfigError, ResourceError, os_errors
 from loraport.clients.home import Home, write_json
@@ -29,18 +30,44 @@ def run_folder(home: Home, name: str) -> Path:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keep a run's folder to this process; ResourceError when another run is in it."""
-    with os_errors("opening", folder):
+    """Keep a run's folder to this process; ResourceError when another run is in it.
+
+    The lock is a hidden file beside the folder (no adapter's name begins with a dot), and goes with the run.
+    """
+    path = folder.with_name(f".{folder.name}.lock")
+    with os_errors("opening", path):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = folder.with_suffix(".lock").open("a")
+        while (lock := take_lock(path)) is None:
+            pass
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ResourceError(
-                f"another process is training {folder.name} right now.", "wait for it, or choose another --name"
-            ) from error
-        yield
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # while it is held: see `take_lock`
+
+
+def take_lock(path: Path) -> IO[str] | None:
+    """The file at `path`, locked; None where the run before removed it meanwhile, and with it what others would see."""
+    lock = path.open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if is_at(lock, path):
+            return lock
+    except BlockingIOError as error:
+        lock.close()
+        raise ResourceError(
+            f"another process is training {path.stem[1:]} right now.", "wait for it, or choose another --name"
+        ) from error
+    lock.close()
+    return None
+
+
+def is_at(file: IO[str], path: Path) -> bool:
+    """Whether the open `file` is the one that lies at `path` now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def seal(checkpoint: Path, identity: dict[str, Any]) -> None:

@@ -117,7 +117,7 @@ def fit(
             result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(trainer) from error
-    if trainer.stopping:
+    if trainer.stopping or stop.signal:  # the latter alone: after the last step, when there was none to end behind
         say(f"stopped after step {trainer.state.global_step}; go on with --resume", "yellow")
         raise SystemExit(128 + (stop.signal or signal.SIGTERM))  # another GPU's process was told to
     return Outcome(figures(trainer, result), trainer.state.log_history, trainer.settings)

@@ -1,10 +1,8 @@
-"""Decoder layers that keep less and move less: LoRA linears, the gated MLP, norms and rotary embeddings as autograd
-functions of our own, put in place of the forwards of transformers and PEFT.
+"""Our own forwards put in place of those of transformers and PEFT: what is kept and moved less.
 
-The modules, their parameters and what is saved stay PEFT's; `fuse` replaces instance methods and `unfuse` takes them
-away again, so that golden replies come from PEFT's own code. Linears with the same input (q, k, v; gate, up) are one
-group (`train/loop/groups.py`). Kept for the backward pass: of a group its input and x·A; of the MLP its input, gate and
-up (the product is made again).
+Whole decoder layers of the Llama family (`layer.py`); elsewhere gated MLPs (`mlp.py`), LoRA linears and norms by
+themselves. The modules, their parameters and what is saved stay PEFT's; `fuse` replaces instance methods and `unfuse`
+takes them away again, so that golden replies come from PEFT's own code.
 
 Whatever is not recognised keeps its own forward. Before a run, `train/loop/ways.py` compares the whole with the forward
 of transformers and PEFT on a few tokens.
@@ -12,21 +10,26 @@ of transformers and PEFT on a few tokens.
     >>> fuse(model)       # a PeftModel; returns how many modules were replaced
 """
 
+import contextlib
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import save_on_cpu
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
-from loraport.train.loop.attention import Documents, packed_attention
-from loraport.train.loop.groups import LINEARS, Group
-from loraport.train.loop.kernels import RmsNorm, Rope, swiglu, swiglu_backward
+from loraport.train.loop.attention import Documents
+from loraport.train.loop.groups import LINEARS, Group, beside
+from loraport.train.loop.kernels.heads import Heads
+from loraport.train.loop.kernels.norm import RmsNorm
+from loraport.train.loop.layer import Attention, Call, Layer, LoraLayer, Norm
+from loraport.train.loop.mlp import LoraSwiglu, Mlp
 
 # Attention modules that do nothing but project, normalise heads, rotate, attend and project.
 PLAIN_ATTENTION = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"}
 CODE = ("co_code", "co_consts", "co_names")
-GROUPS_OF = "linear_groups"  # where a module keeps its groups; convolutions have a number called `groups`
+MADE = "loraport_made"  # where a module keeps what its forward is computed with
 
 
 def fuse(model: Any) -> int:
@@ -37,17 +40,7 @@ def fuse(model: Any) -> int:
         if forward:
             module.forward = MethodType(forward, module)
             replaced += 1
-    for module in model.modules():
-        if same_code(module, LlamaDecoderLayer):
-            make_room(module)
     return replaced
-
-
-def make_room(layer: Any) -> None:
-    """Have the norms of a Llama-like layer leave room behind their rows for the x·A of the group that reads them."""
-    for norm, reader in ((layer.input_layernorm, layer.self_attn), (layer.post_attention_layernorm, layer.mlp)):
-        if is_fused(norm) and is_fused(reader):
-            norm.__dict__["tail"] = members_of(reader)[0].rank
 
 
 def is_fused(module: Any) -> bool:
@@ -60,25 +53,25 @@ def unfuse(model: Any) -> None:
     for module in model.modules():
         if is_fused(module):
             del module.forward
-            module.__dict__.pop("tail", None)
 
 
 def forget(model: Any) -> None:
     """Have the copies of the adapters made anew: optimisers outside of torch change them behind autograd's back."""
     for module in model.modules():
-        for group in module.__dict__.get(GROUPS_OF, ()):
-            group.forget()
+        if MADE in module.__dict__:
+            for group in module.__dict__[MADE].groups:
+                group.forget()
 
 
 def recognise(module: Any) -> Any:
     """The forward that can stand for that of `module`, or None."""
+    if is_llama_layer(module):
+        return forward_layer
     if is_swiglu(module):
         return forward_mlp
-    if type(module).__name__ in PLAIN_ATTENTION:
-        return forward_attention
     if hasattr(module, "lora_A") and type(getattr(module, "base_layer", None)).__name__ in LINEARS:
         return forward_linear
-    return forward_norm if same_code(module, LlamaRMSNorm) and not module.weight.requires_grad else None
+    return forward_norm if is_frozen_norm(module) else None
 
 
 def same_code(module: Any, known: type) -> bool:
@@ -88,6 +81,11 @@ def same_code(module: Any, known: type) -> bool:
     """
     ours, theirs = (getattr(each.forward, "__code__", None) for each in (type(module), known))  # type: ignore[attr-defined]
     return ours is not None and all(getattr(ours, part) == getattr(theirs, part) for part in CODE)
+
+
+def is_frozen_norm(module: Any) -> bool:
+    """Whether it is Llama's norm, and does not learn."""
+    return same_code(module, LlamaRMSNorm) and not module.weight.requires_grad
 
 
 def is_swiglu(module: Any) -> bool:
@@ -100,132 +98,107 @@ def is_swiglu(module: Any) -> bool:
     return silu and linears and same_code(module, LlamaMLP)
 
 
+def is_llama_layer(module: Any) -> bool:
+    """Whether it is Llama's layer, of parts that `layer.py` knows."""
+    if not same_code(module, LlamaDecoderLayer) or type(module.self_attn).__name__ not in PLAIN_ATTENTION:
+        return False
+    attention = module.self_attn
+    norms = [module.input_layernorm, module.post_attention_layernorm]
+    norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    parts = [getattr(attention, name) for name in (*ENTERING, LEAVING)]
+    linears = all(type(getattr(part, "base_layer", part)).__name__ in LINEARS for part in parts)
+    return linears and is_swiglu(module.mlp) and all(is_frozen_norm(norm) for norm in norms)
+
+
 class LoraLinears(torch.autograd.Function):
-    """A group on one input. Saves the input, x·A and, with dropout, its mask."""
+    """A group on one input. Saves the input and x·A."""
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, group: Group, *_: Tensor | None) -> tuple[Tensor, ...]:
-        """x (T, in) to n times y (T, out). `group.pairs` come as arguments too, for autograd to see them."""
-        mask_TI = group.mask(x_TI)
-        y_TO, thin_TR = group.forward(x_TI, mask_TI)
-        ctx.save_for_backward(x_TI, thin_TR, mask_TI)
-        ctx.group = group
-        return tuple(y_TO[:, row] for row in group.rows)
+    def forward(ctx: Any, x_TI: Tensor, group: Group, *_: Tensor | None) -> Tensor:
+        """x (T, in) to y (T, out). `group.pairs` come as arguments too, for autograd to see them."""
+        seed = group.seed()
+        y_TO, thin_TR = group.forward(x_TI, seed)
+        ctx.save_for_backward(x_TI, thin_TR)
+        ctx.group, ctx.seed = group, seed
+        return y_TO
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, and of each A and B."""
-        x_TI, thin_TR, mask_TI = ctx.saved_tensors
-        group = ctx.group
-        dx_TI, grads = group.backward(beside(dys, group), x_TI, thin_TR, mask_TI, ctx.needs_input_grad[0])
+        x_TI, thin_TR = ctx.saved_tensors
+        dy_TW = beside(dys, ctx.group)
+        dx_TI, grads = ctx.group.backward(dy_TW, x_TI, thin_TR, ctx.seed, ctx.needs_input_grad[0])
         return dx_TI, None, *grads
 
 
-def beside(dys: tuple[Tensor, ...], group: Group) -> Tensor:
-    """The gradients of a group's outputs side by side, with room behind them: (T, out + R)."""
-    dy_TW = torch.empty(len(dys[0]), group.outputs + group.rank, device=dys[0].device, dtype=dys[0].dtype)
-    for row, dy_TO in zip(group.rows, dys, strict=True):
-        dy_TW[:, row] = dy_TO
-    return dy_TW
+def made_of(module: Any, make: Any) -> Any:
+    """What a module's forward is computed with, made at the first call and kept: groups hold an unquantised base's
+    weights.
+    """
+    if MADE not in module.__dict__:
+        module.__dict__[MADE] = make(module)
+    return module.__dict__[MADE]
 
 
-class LoraSwiglu(torch.autograd.Function):
-    """down(silu(gate(x)) * up(x)) with adapters on any of the three. Saves x, gate, up and the x·A."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, wide: Group, down: Group, *_: Tensor | None) -> Tensor:
-        """x (T, H) to y (T, H); `wide` holds gate and up."""
-        length, inner, like = len(x_TH), down.inputs, {"device": x_TH.device, "dtype": x_TH.dtype}
-        mask_TH = wide.mask(x_TH)
-        both_TW = torch.empty(length, wide.outputs + wide.rank, **like)  # their gradients will need the room
-        _, wide_thin = wide.forward(x_TH, mask_TH, both_TW[:, : wide.outputs])
-        h_TI = torch.empty(length, inner + down.rank, **like)[:, :inner]
-        swiglu(both_TW[:, :inner], both_TW[:, inner : 2 * inner], h_TI)
-        mask_TI = down.mask(h_TI)
-        y_TH, down_thin = down.forward(h_TI, mask_TI)
-        down_thin = None if down_thin is None else down_thin.clone()  # not to keep h, behind which it lies
-        ctx.save_for_backward(x_TH, both_TW, wide_thin, down_thin, mask_TH, mask_TI)
-        ctx.groups = wide, down
-        return y_TH
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x and of the six matrices."""
-        x_TH, both_TW, wide_thin, down_thin, mask_TH, mask_TI = ctx.saved_tensors
-        wide, down = ctx.groups
-        inner = down.inputs
-        dy_TW = beside(grads, down)
-        down.thin_gradient(dy_TW)
-        h_TI = down.input_gradient(dy_TW, mask_TI)
-        # The gradient of h becomes h, those of gate and up take their places.
-        swiglu_backward(h_TI, both_TW[:, :inner], both_TW[:, inner : 2 * inner])
-        down_grads = down.weight_gradients(dy_TW, h_TI, down_thin, mask_TI)
-        del h_TI, dy_TW
-        dx_TH, wide_grads = wide.backward(both_TW, x_TH, wide_thin, mask_TH, ctx.needs_input_grad[0])
-        return dx_TH, None, None, *wide_grads, *down_grads
+def make_mlp(module: Any) -> Mlp:
+    """Of a LlamaMLP and its like."""
+    return Mlp(Group([module.gate_proj, module.up_proj]), Group([module.down_proj]))
 
 
-def members_of(module: Any) -> list[Group]:
-    """The groups of a module, made at the first call and kept: an unquantised base has its weights in them."""
-    if GROUPS_OF not in module.__dict__:
-        names = GROUPS.get(module.__dict__["forward"].__func__, ((),))
-        module.__dict__[GROUPS_OF] = [Group([getattr(module, name) for name in each] or [module]) for each in names]
-    return list(module.__dict__[GROUPS_OF])
+def make_layer(module: Any) -> Layer:
+    """Of a LlamaDecoderLayer and its like."""
+    own = module.self_attn
+    entering = Group([getattr(own, name) for name in ENTERING])
+    queries, keys = (int(entering.bases[at].out_features) // own.head_dim for at in (0, 1))
+    heads = Heads(queries, keys, own.head_dim)
+    if hasattr(own, "q_norm"):
+        q_norm, k_norm = norm_of(own.q_norm), norm_of(own.k_norm)
+        heads = Heads(queries, keys, own.head_dim, q_norm.weight, k_norm.weight, q_norm.eps)
+    attention = Attention(norm_of(module.input_layernorm), entering, Group([getattr(own, LEAVING)]), heads, own.scaling)
+    return Layer(attention, norm_of(module.post_attention_layernorm), make_mlp(module.mlp))
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """x as (T, in), the rows where they are: `reshape` would copy those that have room behind them."""
-    return x[0] if x.dim() == 3 and x.shape[0] == 1 else x.reshape(-1, x.shape[-1])
+def norm_of(module: Any) -> Norm:
+    """Of a LlamaRMSNorm and its like."""
+    return Norm(module.weight.detach(), module.variance_epsilon)
 
 
 def forward_linear(self: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
     """Stands for the forward of PEFT's lora.Linear."""
-    (group,) = members_of(self)
-    (y_TO,) = LoraLinears.apply(rows_of(x), group, *group.pairs)
-    return y_TO.view(*x.shape[:-1], -1)
+    group = made_of(self, lambda module: Group([module]))
+    return LoraLinears.apply(x.reshape(-1, x.shape[-1]), group, *group.pairs).view(*x.shape[:-1], -1)
 
 
 def forward_mlp(self: Any, x: Tensor) -> Tensor:
     """Stands for the forward of LlamaMLP and its like."""
-    wide, down = members_of(self)
-    y_TH = LoraSwiglu.apply(rows_of(x), wide, down, *wide.pairs, *down.pairs)
-    return y_TH.view(x.shape)
+    mlp = made_of(self, make_mlp)
+    return LoraSwiglu.apply(x.reshape(-1, x.shape[-1]), mlp, *mlp.pairs).view(x.shape)
 
 
-def forward_attention(
-    self: Any,
-    hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
-    attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Stands for the forward of LlamaAttention and its like, on one packed sequence (1, T, H) without a cache."""
-    length = hidden_states.shape[1]
-    inner, outer = members_of(self)
-    projected = LoraLinears.apply(hidden_states[0], inner, *inner.pairs)
-    q_TND, k_TND, v_TND = (each.view(length, -1, self.head_dim) for each in projected)
-    v_TND = v_TND.contiguous()  # attention keeps it, and as a part of the product it would keep q and k as well
-    if hasattr(self, "q_norm"):
-        q_TND, k_TND = self.q_norm(q_TND), self.k_norm(k_TND)
-    cos_TD, sin_TD = (each[0] for each in position_embeddings)
-    q_TND, k_TND = Rope.apply(q_TND, cos_TD, sin_TD), Rope.apply(k_TND, cos_TD, sin_TD)
+def forward_layer(
+    self: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
+) -> Tensor:
+    """Stands for the forward of LlamaDecoderLayer and its like, on one packed sequence (1, T, H) without a cache."""
+    layer = made_of(self, make_layer)
+    own = self.self_attn
     # Mistral's windows are the configuration's; Qwen's are each layer's; Llama has none, whatever its config.json says.
-    windowed = self.config if type(self).__name__ == "MistralAttention" else self
-    window = getattr(windowed, "sliding_window", None)
-    out_TND = packed_attention(q_TND, k_TND, v_TND, Documents.of(kwargs), self.scaling, window)
-    (y_TH,) = LoraLinears.apply(out_TND.reshape(length, -1), outer, *outer.pairs)
-    return y_TH[None], None
+    windowed = own.config if type(own).__name__ == "MistralAttention" else own
+    call = Call(
+        position_embeddings[0][0],
+        position_embeddings[1][0],
+        Documents.of(kwargs),
+        getattr(windowed, "sliding_window", None),
+        learning=torch.is_grad_enabled(),
+        again=bool(self.__dict__.get("again")),
+    )
+    with save_on_cpu(pin_memory=True) if self.__dict__.get("to_host") else contextlib.nullcontext():
+        return LoraLayer.apply(hidden_states, layer, call, *layer.pairs)
 
 
 def forward_norm(self: Any, hidden_states: Tensor) -> Tensor:
     """Stands for the forward of LlamaRMSNorm and its like."""
-    return RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon, self.__dict__.get("tail", 0))
+    return RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon)
 
 
-FORWARDS = {forward_linear, forward_mlp, forward_attention, forward_norm}
-# Linears that share an input, by the forward that uses them; without names: the module itself.
-GROUPS = {
-    forward_mlp: (("gate_proj", "up_proj"), ("down_proj",)),
-    forward_attention: (("q_proj", "k_proj", "v_proj"), ("o_proj",)),
-}
+FORWARDS = {forward_linear, forward_mlp, forward_layer, forward_norm}
+ENTERING, LEAVING = ("q_proj", "k_proj", "v_proj"), "o_proj"

@@ -3,10 +3,10 @@
 The adapter of a linear is a product with a thin matrix in between. Computed by itself it costs little arithmetic and
 much memory traffic: every output is written twice. Here the thin matrices stand beside the weight, in one wide matrix
 
-    wide = | W        B |      W of all members one below the other (out x in), B (out x R) with a block for each,
-           | s·A        |      s·A (R x in) of all one below the other; R is the sum of their ranks, rounded up to 8
+    wide = | W      s·B |      W of all members one below the other (out x in), s·B (out x R) with a block for each,
+           | A          |      A (R x in) of all one below the other; R is the sum of their ranks, rounded up to 8
 
-and x·A beside the input: y = [x, x·(sA)ᵀ] · [W, B]ᵀ and dx = [dy, dy·B] · [W; sA] are then one product each, which
+and x·Aᵀ beside the input: y = [x, x·Aᵀ] · [W, sB]ᵀ and dx = [dy, dy·sB] · [W; A] are then one product each, which
 reads and writes everything once. An unquantised base keeps its weights in such matrices (its own become views of
 them); quantised weights are brought to 16 bits in one that lasts for a product.
 
@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraport.train.loop.kernels import fill_nf4, on_gpu
+from loraport.train.loop.kernels.dropout import add_dropped, draw_seed, drop
+from loraport.train.loop.kernels.gpu import on_gpu, roomy, stride_of
+from loraport.train.loop.kernels.nf4 import fill_nf4
 
 LINEARS = {"Linear", "Linear4bit", "Linear8bitLt"}
 ALIGNED = 8  # numbers of 16 bits that make the 16 bytes on which rows of a matrix must begin for tensor cores
@@ -93,12 +95,18 @@ class Group:
         for module, name in named:
             self.pairs += [None, None] if name is None else [module.lora_A[name].weight, module.lora_B[name].weight]
         self.bias = self.join_biases()
+        self.fresh = False  # whether the thin matrices hold what the adapters hold
         self.a_RI: Tensor | None = None
         self.b_OR: Tensor | None = None
         self.kept: Tensor | None = None
         sharded = any("sharded" in base.__dict__ for base in self.bases)  # weights that come and go: see shards.py
         if not sharded and {type(base).__name__ for base in self.bases} == {"Linear"}:
             self.kept = self.keep_weights()
+
+    @property
+    def groups(self) -> tuple["Group", ...]:
+        """Itself, as the parts of a layer have it."""
+        return (self,)
 
     def join_biases(self) -> Tensor | None:
         """The biases side by side, zero for a member without; None where no member has one."""
@@ -118,60 +126,75 @@ class Group:
     def keep_weights(self) -> Tensor:
         """The wide matrix for good: the members' weights move into it."""
         weight = self.bases[0].weight
-        wide = torch.zeros(self.outputs + self.rank, self.inputs + self.rank, device=weight.device, dtype=weight.dtype)
+        wide = self.empty_wide(weight).zero_()
         for base, row in zip(self.bases, self.rows, strict=True):
             wide[row, : self.inputs] = base.weight.data
             base.weight.data = wide[row, : self.inputs]
         return wide
 
+    def empty_wide(self, like: Tensor) -> Tensor:
+        """A wide matrix without numbers."""
+        return roomy(self.outputs + self.rank, self.inputs, self.rank, like)
+
     def forget(self) -> None:
         """Have what is made of the adapters made anew."""
-        self.a_RI = None
+        self.fresh = False
 
     def refresh(self, dtype: torch.dtype) -> None:
-        """Make s·A of all (R, in) and B of all (out, R), unless they are there."""
-        if not self.rank or (self.a_RI is not None and self.a_RI.dtype == dtype):
+        """Bring A of all (R, in) and s·B of all (out, R) up to date."""
+        if self.fresh or not self.rank:
             return
-        device = self.bases[0].weight.device
-        self.a_RI = a_RI = torch.zeros(self.rank, self.inputs, device=device, dtype=dtype)
-        self.b_OR = b_OR = torch.zeros(self.outputs, self.rank, device=device, dtype=dtype)
-        for index, (row, part) in enumerate(zip(self.rows, self.parts, strict=True)):
-            a, b = self.pairs[2 * index : 2 * index + 2]
-            if a is not None and b is not None:
-                a_RI[part] = a.detach() * self.scales[index]
-                b_OR[row, part] = b.detach()
-        if self.kept is not None:
-            self.write_adapter(self.kept)
+        a_RI, b_OR = self.thin_matrices(dtype)
+        used = [a.detach() for a in self.pairs[::2] if a is not None]
+        a_RI[: self.parts[-1].stop] = used[0] if len(used) == 1 else torch.cat(used)
+        for b, scale, row, part in zip(self.pairs[1::2], self.scales, self.rows, self.parts, strict=True):
+            if b is not None:
+                torch.mul(b.detach(), scale, out=b_OR[row, part])
+        self.fresh = True
 
-    def write_adapter(self, wide: Tensor) -> None:
-        """B and s·A to their places in the wide matrix."""
-        if self.rank:
-            wide[: self.outputs, self.inputs :] = self.b_OR
-            wide[self.outputs :, : self.inputs] = self.a_RI
+    def thin_matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Where A and s·B of all stand: in the wide matrix, where that is kept."""
+        if self.a_RI is None or self.b_OR is None or self.a_RI.dtype != dtype:
+            if self.kept is not None:
+                self.a_RI, self.b_OR = (
+                    self.kept[self.outputs :, : self.inputs],
+                    self.kept[: self.outputs, self.inputs :],
+                )
+            else:
+                device = self.bases[0].weight.device
+                self.a_RI = torch.zeros(self.rank, self.inputs, device=device, dtype=dtype)
+                self.b_OR = torch.zeros(self.outputs, self.rank, device=device, dtype=dtype)
+        return self.a_RI, self.b_OR
 
     def wide(self, dtype: torch.dtype) -> Tensor:
         """The wide matrix (out + R, in + R); its corner is never read."""
         self.refresh(dtype)
-        if self.kept is not None and self.kept.dtype == dtype:
+        if self.kept is not None:
             return self.kept
-        device = self.bases[0].weight.device
-        wide = torch.empty(self.outputs + self.rank, self.inputs + self.rank, device=device, dtype=dtype)
+        wide = self.empty_wide(torch.empty(0, device=self.bases[0].weight.device, dtype=dtype))
         for base, row in zip(self.bases, self.rows, strict=True):
             fill(wide[row, : self.inputs], base)
-        self.write_adapter(wide)
+        if self.a_RI is not None and self.b_OR is not None:
+            wide[: self.outputs, self.inputs :] = self.b_OR
+            wide[self.outputs :, : self.inputs] = self.a_RI
         return wide
 
-    def mask(self, x_TI: Tensor) -> Tensor | None:
-        """Dropout before A, one for all members: 0 or 1 / (1 - p); None where nothing is dropped."""
-        if not self.dropout or not self.modules[0].training:
-            return None
-        mask_TI = torch.empty(x_TI.shape, device=x_TI.device, dtype=x_TI.dtype)
-        return mask_TI.bernoulli_(1 - self.dropout).div_(1 - self.dropout)
+    def seed(self) -> int | None:
+        """For the dropout before A of one call, the same for all members; None where nothing is dropped."""
+        return draw_seed() if self.dropout and self.modules[0].training else None
+
+    def dropped(self, x_TI: Tensor, seed: int | None) -> Tensor:
+        """What A reads."""
+        return x_TI if seed is None else drop(x_TI, self.dropout, seed)
+
+    def room(self, length: int, like: Tensor) -> Tensor:
+        """An empty tensor for the outputs, (T, out + R): there is room behind them for what their gradients need."""
+        return roomy(length, self.outputs, self.rank, like)
 
     def forward(
-        self, x_TI: Tensor, mask_TI: Tensor | None, out_TO: Tensor | None = None
+        self, x_TI: Tensor, seed: int | None, out_TO: Tensor | None = None, residual_TO: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Outputs of all members (T, out), and dropout(x)·(sA)ᵀ (T, R), None without adapters.
+        """Outputs of all members (T, out), `residual_TO` added, and dropout(x)·Aᵀ (T, R), None without adapters.
 
         One product where rows of x have room for the latter behind them; else the adapter's part comes first, and the
         weight's is added to it.
@@ -179,66 +202,85 @@ class Group:
         wide = self.wide(x_TI.dtype)
         if out_TO is None:
             out_TO = torch.empty(x_TI.shape[0], self.outputs, device=x_TI.device, dtype=x_TI.dtype)
-        x_TW = self.with_room(x_TI) if self.rank else x_TI
-        thin_TR = None
+        x_TW, thin_TR = x_TI if not self.rank else with_room(x_TI, self.rank), None
         if self.a_RI is not None:
-            dropped_TI = x_TI if mask_TI is None else x_TI * mask_TI
             room_TR = None if x_TW is None else x_TW[:, self.inputs :]
-            thin_TR = torch.mm(dropped_TI, self.a_RI.T, out=room_TR)
+            thin_TR = torch.mm(self.dropped(x_TI, seed), self.a_RI.T, out=room_TR)
         if x_TW is not None:
-            torch.mm(x_TW, wide[: self.outputs].T, out=out_TO)
+            product(x_TW, wide[: self.outputs].T, out_TO, residual_TO)
         else:
-            torch.mm(thin_TR, wide[: self.outputs, self.inputs :].T, out=out_TO)
+            product(thin_TR, wide[: self.outputs, self.inputs :].T, out_TO, residual_TO)
             out_TO.addmm_(x_TI, wide[: self.outputs, : self.inputs].T)
         if self.bias is not None:
             out_TO += self.bias.to(x_TI.dtype)
         return out_TO, thin_TR
 
-    def with_room(self, x_TI: Tensor) -> Tensor | None:
-        """x with what lies behind each of its rows (T, in + R), where it was made with just that room."""
-        length, width = x_TI.shape[0], self.inputs + self.rank
-        storage = x_TI.untyped_storage().nbytes()
-        if x_TI.stride() != (width, 1) or x_TI.storage_offset() or storage != length * width * x_TI.element_size():
-            return None
-        # `data`: autograd need not know of what is written behind the rows.
-        return x_TI.data.as_strided((length, width), (width, 1))
-
     def backward(
-        self, dy_TW: Tensor, x_TI: Tensor, thin_TR: Tensor | None, mask_TI: Tensor | None, wanted: bool
+        self, dy_TW: Tensor, x_TI: Tensor, thin_TR: Tensor | None, seed: int | None, wanted: bool
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """The gradient of x, where it is `wanted`, and of each A and B in turn, in float32.
 
         `dy_TW` (T, out + R) holds the gradients of the outputs; behind them there is room. `thin_TR` as from `forward`.
         """
         self.thin_gradient(dy_TW)
-        dx_TI = self.input_gradient(dy_TW, mask_TI) if wanted else None
-        return dx_TI, self.weight_gradients(dy_TW, x_TI, thin_TR, mask_TI)
+        dx_TI = self.input_gradient(dy_TW, seed) if wanted else None
+        return dx_TI, self.weight_gradients(dy_TW, x_TI, thin_TR, seed)
 
     def thin_gradient(self, dy_TW: Tensor) -> None:
-        """dy·B to its place behind dy."""
+        """dy·sB to its place behind dy."""
         if self.b_OR is not None:
             torch.mm(dy_TW[:, : self.outputs], self.b_OR, out=dy_TW[:, self.outputs :])
 
-    def input_gradient(self, dy_TW: Tensor, mask_TI: Tensor | None) -> Tensor:
-        """The gradient of x (T, in), of dy with dy·B behind it."""
+    def input_gradient(self, dy_TW: Tensor, seed: int | None) -> Tensor:
+        """The gradient of x (T, in), of dy with dy·sB behind it."""
         wide = self.wide(dy_TW.dtype)
-        if mask_TI is None or self.a_RI is None:
+        if seed is None or self.a_RI is None:
             return dy_TW @ wide[:, : self.inputs]
         dx_TI = dy_TW[:, : self.outputs] @ wide[: self.outputs, : self.inputs]
-        return dx_TI.addcmul_(dy_TW[:, self.outputs :] @ self.a_RI, mask_TI)
+        return add_dropped(dx_TI, dy_TW[:, self.outputs :] @ self.a_RI, self.dropout, seed)
 
     def weight_gradients(
-        self, dy_TW: Tensor, x_TI: Tensor, thin_TR: Tensor | None, mask_TI: Tensor | None
+        self, dy_TW: Tensor, x_TI: Tensor, thin_TR: Tensor | None, seed: int | None
     ) -> list[Tensor | None]:
         """Gradients of A (r, in) and B (out, r) of each member in turn; None where there is no adapter."""
         if thin_TR is None:
             return [None] * len(self.pairs)
-        da_RI = mm32(dy_TW[:, self.outputs :].T, x_TI if mask_TI is None else x_TI * mask_TI)
+        da_RI = mm32(dy_TW[:, self.outputs :].T, self.dropped(x_TI, seed))
         db_OR = mm32(dy_TW[:, : self.outputs].T, thin_TR)
         grads: list[Tensor | None] = []
         for row, part, scale, name in zip(self.rows, self.parts, self.scales, self.names, strict=True):
-            grads += [None, None] if name is None else [da_RI[part] * scale, db_OR[row, part].contiguous()]
+            grads += [None, None] if name is None else [da_RI[part], db_OR[row, part] * scale]
         return grads
+
+
+def product(left: Tensor | None, right: Tensor, out: Tensor, residual: Tensor | None) -> None:
+    """left @ right into `out`, `residual` added in the same pass."""
+    if residual is None:
+        torch.mm(left, right, out=out)
+    else:
+        torch.addmm(residual, left, right, out=out)
+
+
+def with_room(x_TI: Tensor, more: int) -> Tensor | None:
+    """x with what lies behind each of its rows (T, in + more), where it was made with just that room."""
+    length, n = x_TI.shape
+    stride, storage = stride_of(n, more), x_TI.untyped_storage().nbytes()
+    if x_TI.stride() != (stride, 1) or x_TI.storage_offset() or storage != length * stride * x_TI.element_size():
+        return None
+    # `data`: autograd need not know of what is written behind the rows.
+    return x_TI.data.as_strided((length, n + more), (stride, 1))
+
+
+def beside(dys: tuple[Tensor, ...], group: Group) -> Tensor:
+    """The gradients of a group's outputs side by side, with room behind them: (T, out + R)."""
+    if len(dys) == 1:
+        there = with_room(dys[0], group.rank)
+        if there is not None:
+            return there
+    dy_TW = group.room(len(dys[0]), dys[0])
+    for row, dy_TO in zip(group.rows, dys, strict=True):
+        dy_TW[:, row] = dy_TO
+    return dy_TW
 
 
 def slices(sizes: list[int]) -> list[slice]:

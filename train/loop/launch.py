@@ -13,7 +13,9 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +24,22 @@ from accelerate import PartialState
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 from loraport.clients import errors
-from loraport.clients.errors import LoraportError, ResourceError
+from loraport.clients.errors import AdapterError, LoraportError, ResourceError
 from loraport.clients.terminal import console
 from loraport.train.adapters import WEIGHTS
 from loraport.train.base_model import Base
 from loraport.train.config import ResolvedConfig
 from loraport.train.loop.fit import Outcome, fit
-from loraport.train.loop.lora import limit_memory, load_lora
+from loraport.train.loop.gpu_memory import limit_memory
+from loraport.train.loop.lora import load_lora
 from loraport.train.loop.packing import Rows
 from loraport.train.loop.progress import ProgressCallback
 from loraport.train.loop.settings import Settings
 from loraport.train.loop.shards import Shards
 
 ERROR, OUTCOME, ADAPTER = "error.json", "outcome.json", "adapter"
-PATIENCE = 60.0  # seconds that processes have to write a checkpoint once they are asked to stop
-GRACE = 10.0  # and to end once one of them has; then again after SIGTERM: they may wait for it within a sum
+PATIENCE = 60.0  # seconds to end in, after a stop, once one of them has: it may be writing the checkpoint of all
+GRACE = 10.0  # and once one has ended without a stop; then again after SIGTERM: they may wait for it within a sum
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,8 @@ def fit_on(
                 pass
         except (ProcessExitedException, ProcessRaisedException) as error:
             raise told(task.folder) or killed(error) or error from error
-        except BaseException:  # a signal: have them write their checkpoint, and wait for it
-            for process in processes.processes:
-                if process.is_alive():
-                    os.kill(process.pid, signal.SIGTERM)
-            for process in processes.processes:
-                process.join(PATIENCE)
-                process.kill()
+        except BaseException:  # a signal
+            stop(processes.processes)
             raise
         found = json.loads((task.folder / OUTCOME).read_text())
         outcome = Outcome(found["metrics"], found["history"], Settings(**found["settings"]))
@@ -97,13 +95,41 @@ def fit_on(
 
 
 def load_trained(base: Base, config: ResolvedConfig, folder: Path) -> Any:
-    """A fresh PeftModel with the weights of the adapter in `folder`."""
+    """A fresh PeftModel with the weights of the adapter in `folder`; AdapterError unless they are exactly its own."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
     model = load_lora(base, config)
-    set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
+    found = set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
+    trained = {name for name, each in model.named_parameters() if each.requires_grad}
+    odd = sorted([*found.unexpected_keys, *(trained & set(found.missing_keys))])
+    if odd:
+        raise AdapterError(
+            f"{len(odd)} weights of the trained adapter do not belong to this model, or are missing, first {odd[0]}.",
+            "this is a bug of Loraport or of PEFT: nothing was stored, and the checkpoints are kept",
+        )
     return model
+
+
+def stop(processes: list[Any]) -> None:
+    """Have all processes write their checkpoint and end; a second signal, which is raised here, ends them at once.
+
+    However long their step takes: they go on waiting for one another while none has ended. Once one has, the others
+    either end too or wait for it in vain.
+    """
+    try:
+        for process in processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGTERM)
+        wait([process.sentinel for process in processes])
+        until = time.monotonic() + PATIENCE
+        for process in processes:
+            process.join(max(0.0, until - time.monotonic()))
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
 
 
 def work(rank: int, task: Task) -> None:
@@ -138,7 +164,7 @@ def work(rank: int, task: Task) -> None:
 
 def train_one(rank: int, task: Task, progress: ProgressCallback) -> None:
     """Load, train, and in the first process write the result."""
-    limit_memory(task.config)
+    limit_memory(task.config.gpu_memory)
     # A base that is to be shared fits no GPU whole: it is loaded into memory, and goes to the GPUs layer by layer.
     model = load_lora(task.base, task.config, torch.device("cpu") if task.settings.sharded else this_device())
     shards = None

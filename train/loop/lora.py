@@ -46,23 +46,30 @@ def load_lora(base: Base, config: ResolvedConfig, device: Any = None) -> Any:
 
 
 def with_lora(model: Any, config: ResolvedConfig, targets: list[str]) -> Any:
-    """A loaded base, frozen, with fresh LoRA layers on the linears called `targets`, as a PeftModel."""
+    """A loaded base, frozen, with fresh LoRA layers on the linears called `targets`, as a PeftModel.
+
+    BaseModelError where PEFT refuses them.
+    """
     from peft import LoraConfig, get_peft_model
 
     model.config.use_cache = False
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=targets,
-            use_rslora=config.rslora,
-        ),
+    adapter = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        use_rslora=config.rslora,
     )
+    try:
+        return get_peft_model(model, adapter)
+    except ValueError as error:  # Mamba's linears, say
+        raise BaseModelError(
+            f"PEFT puts no adapter on {', '.join(targets)} of {config.model}: {first_line(error)}.",
+            "choose others with --target-modules, or another base",
+        ) from error
 
 
 def load_base(base: Base, types: Types, double_quant: bool, device: Any = None) -> Any:
@@ -97,15 +104,6 @@ def load_base(base: Base, types: Types, double_quant: bool, device: Any = None) 
             f"{base.model} cannot be loaded as a causal language model: {first_line(error)}.",
             f"its config.json says model_type {base.config.get('model_type')!r}; is it supported by this transformers?",
         ) from error
-
-
-def limit_memory(config: RunConfig) -> None:
-    """Have torch take no more of the GPU than --gpu-memory says, so that a run out of it is noticed here."""
-    import torch
-
-    if config.gpu_memory and torch.cuda.is_available():
-        whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, config.gpu_memory * 2**30 / whole))
 
 
 def quiet_transformers() -> None:

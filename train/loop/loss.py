@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from loraport.train.loop.groups import dense
-from loraport.train.loop.kernels import cross_entropy
+from loraport.train.loop.kernels.cross_entropy import cross_entropy
 
 CHUNK_LOGITS = 2**26  # logits made at once; 134 MB in 16 bits
 
@@ -45,6 +45,7 @@ class HeadLoss(torch.autograd.Function):
             right += right_K.sum()
             if gradient_KH is not None:
                 torch.mm(dlogits_KV.to(hidden_KH.dtype), weight_VH, out=gradient_KH[part])
+            del logits_KV, dlogits_KV  # before the next ones are made
         ctx.save_for_backward(gradient_KH)
         ctx.mark_non_differentiable(right)
         return total * scale, right

@@ -102,7 +102,6 @@ def configure(spec: dict[str, Any]) -> ResolvedConfig:
         "micro_batch_tokens": spec["micro_rows"] * spec["row_tokens"],
         "checkpointing": "full" if spec["checkpointing"] else "off",
         "gpu_memory": spec["gpu_memory"],
-        "optimizer": "paged_adamw_8bit" if torch.cuda.is_available() else "adamw",
         "learning_rate": 2e-4,
         "max_steps": steps,
         "eval_steps": steps,

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from transformers import TrainerCallback
 
 from loraport.clients.terminal import console, say
+from loraport.train.loop.gpu_memory import peak_memory
 
 MANY_STEPS = 200  # from here on the line of a step leaves out what hardly changes
 WORTH_A_LINE = 0.1  # seconds
@@ -35,17 +36,6 @@ def clock(seconds: float) -> str:
 def took(seconds: float) -> str:
     """`3.4 s`, from two minutes on as a clock shows it."""
     return f"{seconds:.1f} s" if seconds < 120 else clock(seconds)
-
-
-def memory_gib() -> float:
-    """Most GPU memory that was ever allocated at once, in GiB; without a GPU what this process holds now."""
-    import torch
-
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated()) / 2**30
-    import psutil
-
-    return float(psutil.Process().memory_info().rss) / 2**30
 
 
 class Phase:
@@ -94,7 +84,7 @@ def phase_bar(total: int | None) -> Progress:
 
 
 class ProgressCallback(TrainerCallback):
-    """Shows step, loss, tokens/s, memory and time left. Bind it to its `trainer`, whose `tokens_seen` it reads."""
+    """Shows step, loss, tokens/s, memory and time left. Bind it to its `trainer`, whose counts it reads."""
 
     def __init__(self) -> None:
         self.trainer: Any = None
@@ -143,20 +133,18 @@ class ProgressCallback(TrainerCallback):
         if "eval_loss" in logs:
             say(self.evaluation_line(state, logs))
             self.losses = []
-            self.evaluating(1, 1)
-
-    def evaluating(self, done: int, total: int) -> None:
-        """Show on a terminal how far an evaluation is; the loop of the evaluation calls it, until all is done."""
-        if self.task is None:
-            return
-        if done >= total:
             if self.evaluation is not None:
                 self.bar.remove_task(self.evaluation)
-            self.evaluation = None
-        elif self.evaluation is None:
-            self.evaluation = self.bar.add_task("evaluating", total=total, completed=done, at="")
-        else:
-            self.bar.update(self.evaluation, completed=done)
+                self.evaluation = None
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Show on a terminal how far an evaluation is, until it is logged."""
+        if self.task is None:
+            return
+        done, total = self.trainer.evaluated
+        if self.evaluation is None:
+            self.evaluation = self.bar.add_task("evaluating", total=total, at="")
+        self.bar.update(self.evaluation, completed=done)
 
     def close(self) -> None:
         """Leave the terminal as it was; also after a run that failed."""
@@ -168,7 +156,7 @@ class ProgressCallback(TrainerCallback):
         done = max(1, state.global_step - self.first_step)
         left = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
         speed = logs.get("tokens_per_second") or self.trainer.tokens_seen / max(self.in_steps, 1e-9)
-        memory = f"{logs.get('memory_gib') or memory_gib():.1f} GiB  " if full else ""
+        memory = f"{logs.get('memory_gib') or peak_memory() / 2**30:.1f} GiB  " if full else ""
         return f"loss {logs['loss']:.3f}  {speed:,.0f} tokens/s  {memory}{clock(left)} left"
 
     def evaluation_line(self, state: Any, logs: dict[str, float]) -> str:

@@ -5,7 +5,6 @@ Settings(micro_batch_tokens=16384, checkpointed_layers=16, offload=False)
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -39,32 +38,3 @@ def step_down(settings: Settings, layers: int, longest: int) -> Settings | None:
     if settings.micro_batch_tokens > longest:
         return replace(settings, micro_batch_tokens=max(longest, settings.micro_batch_tokens // 2))
     return None if settings.offload else replace(settings, offload=True)
-
-
-def checkpointed(mode: str, layers: int) -> int:
-    """Number of layers that a `checkpointing` of the run configuration means; for auto, none."""
-    return {"off": 0, "half": layers // 2, "full": layers, "offload": layers}.get(mode, 0)
-
-
-def decoder_layers(model: Any) -> list[Any]:
-    """The decoder layers of a PeftModel, first to last."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
-def set_checkpointing(model: Any, settings: Settings) -> None:
-    """Checkpoint the first layers. The last ones would gain nothing: their memory is the first to be freed."""
-    import torch
-
-    causal = model.get_base_model()
-    causal.gradient_checkpointing_disable()
-    if settings.checkpointed_layers:
-        # Random numbers matter to dropout alone, and to keep their state for each layer takes time.
-        dropout = any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())
-        how = {"use_reentrant": False, "preserve_rng_state": dropout, "determinism_check": "none"}
-        causal.gradient_checkpointing_enable(how, offload=settings.offload and model.device.type == "cuda")
-        # It makes embeddings ask for gradients, which the first layer pays for and these checkpoints do not need.
-        causal.disable_input_require_grads()
-        for index, layer in enumerate(decoder_layers(model)):
-            layer.gradient_checkpointing = index < settings.checkpointed_layers

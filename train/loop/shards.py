@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraport.train.loop.checkpointing import decoder_layers
 from loraport.train.loop.groups import LINEARS
-from loraport.train.loop.settings import decoder_layers
 
 ALIGNED = 256  # bytes at which each tensor begins in a layer's buffer
 

@@ -24,6 +24,7 @@ import torch
 from transformers import TrainerCallback
 
 from loraport.clients.errors import LoraportError
+from loraport.train.loop.gpu_memory import limit_memory
 
 
 class StepClock(TrainerCallback):
@@ -70,20 +71,14 @@ class StepClock(TrainerCallback):
             "step_tokens": tokens,
             "median_step_seconds": round(statistics.median(seconds), 4),
             "losses": [round(float(loss), 4) for loss in logged],
-        } | peak_memory()
+        } | peaks()
 
 
-def peak_memory() -> dict[str, int | None]:
+def peaks() -> dict[str, int | None]:
     """Peak bytes of this process on the GPU since the last reset; None on a CPU, where torch does not count."""
     if not torch.cuda.is_available():
         return {"peak_allocated": None, "peak_reserved": None}
     return {"peak_allocated": torch.cuda.max_memory_allocated(), "peak_reserved": torch.cuda.max_memory_reserved()}
-
-
-def limit_memory(gibibytes: float | None) -> None:
-    """Let torch take no more than this of the GPU, as if the card were smaller."""
-    if gibibytes is not None and torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(gibibytes * 2**30 / torch.cuda.get_device_properties(0).total_memory)
 
 
 def run_worker(spec_file: str, measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -100,7 +95,7 @@ def run_worker(spec_file: str, measure: Callable[[dict[str, Any]], dict[str, Any
     try:
         out.write_text(json.dumps(measure(spec)))
     except Exception as error:
-        out.write_text(json.dumps({"error": explain(error)} | peak_memory()))
+        out.write_text(json.dumps({"error": explain(error)} | peaks()))
         raise
 
 

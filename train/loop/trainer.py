@@ -24,14 +24,16 @@ from transformers.trainer_utils import rotate_checkpoints
 from loraport.clients.errors import Refused
 from loraport.clients.terminal import say
 from loraport.train.config import ResolvedConfig
+from loraport.train.loop.checkpointing import decoder_layers, set_checkpointing
 from loraport.train.loop.checkpoints import SEAL, seal, unwritten
 from loraport.train.loop.fused import forget
+from loraport.train.loop.gpu_memory import peak_memory
 from loraport.train.loop.lora import Device, count_trainable
 from loraport.train.loop.packing import PackedRows, Rows, Step, StepSampler, largest, micro_step, pack
-from loraport.train.loop.settings import Settings, decoder_layers, set_checkpointing, step_down
+from loraport.train.loop.settings import Settings, step_down
 from loraport.train.loop.shards import Shards
 from loraport.train.loop.ways import Ways
-from loraport.train.memory.machine import choose_types
+from loraport.train.memory.machine import Types, choose_optimizer, choose_types
 
 WRITE_ERRORS = ("SafetensorError", "PytorchStreamWriter", "inline_container")
 
@@ -55,6 +57,7 @@ class LoraTrainer(Trainer):
         super().__init__(data_collator=Step, train_dataset=rows, eval_dataset=eval_rows, **options)
         self.config, self.ways, self.identity = config, ways, identity
         self.tokens_seen = 0
+        self.evaluated = 0, 1  # micro-steps of an evaluation that are done, of so many
         self.shards: Shards | None = None
         self.stop_asked = self.stopping = False  # by this process's signals; by those of any GPU
         self.clock, self.clock_tokens = time.monotonic(), 0
@@ -146,24 +149,31 @@ class LoraTrainer(Trainer):
         """Gradients of all micro-steps; returns the sum of their parts of the loss."""
         forget(self.model)
         device = self.args.device
-        own = [sum(len(micro.targets_K) for micro in step.micro_steps), step.tokens, int(self.stop_asked)]
-        counts = torch.tensor(own, device=device)
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(counts)
-        targets, tokens, stop = counts.tolist()
+        # All at once: a copy from the host waits for what the GPU is doing.
+        given = [micro.to(device) for micro in step.micro_steps]
+        targets, tokens, stop = self.sum_up(sum(len(micro.targets_K) for micro in step.micro_steps), step.tokens)
         self.stopping = stop > 0
         total = torch.zeros((), device=device)
-        for number, micro in enumerate(step.micro_steps, 1):
-            last = number == len(step.micro_steps)
+        for number, inputs in enumerate(given, 1):
+            last = number == len(given)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 # DistributedDataParallel averages over the GPUs what is here a sum.
-                loss, _ = model(**micro.to(device), scale=self.args.world_size / max(targets, 1))
+                loss, _ = model(**inputs, scale=self.args.world_size / max(targets, 1))
                 self.accelerator.backward(loss)
             self.release()
             total += loss.detach()
         self.tokens_seen += tokens
         self.step_loss = total
         return total
+
+    def sum_up(self, targets: int, tokens: int) -> tuple[int, int, int]:
+        """Targets and tokens of the step on all GPUs, and how many of them were asked to stop."""
+        own = [targets, tokens, int(self.stop_asked)]
+        if self.args.world_size > 1:
+            counts = torch.tensor(own, device=self.args.device)
+            torch.distributed.all_reduce(counts)
+            own = counts.tolist()
+        return own[0], own[1], own[2]
 
     def release(self) -> None:
         """Let go of the layers that the others' shares made whole."""
@@ -188,12 +198,16 @@ class LoraTrainer(Trainer):
         sums = torch.zeros(3, device=self.args.device, dtype=torch.float64)
         world = self.args.world_size
         # Equally many on each GPU, because a base in shares is gathered by all of them together.
-        for number in range(self.args.process_index, -(-len(packs) // world) * world, world):
+        turns = -(-len(packs) // world)
+        for turn in range(turns):
+            number = turn * world + self.args.process_index
             counted = number < len(packs)
             micro = micro_step(rows, tuple(packs[number] if counted else packs[-1]), counted)
             with torch.no_grad():
                 loss, right = self.model(**micro.to(self.args.device))
             sums += torch.stack([loss.double(), right.double(), torch.tensor(len(micro.targets_K)).to(loss).double()])
+            self.evaluated = turn + 1, turns
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         if self.args.world_size > 1:
             torch.distributed.all_reduce(sums)
         loss, right, count = sums.tolist()
@@ -236,21 +250,17 @@ class LoraTrainer(Trainer):
                 raise
             raise unwritten(folder, error) from error
 
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        """An epoch; not where a run is continued that --max-steps had ended within it: it would make one more step."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **options)
+
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: transformers' figure knows neither LoRA nor packing."""
         return 0
 
     def _get_num_items_in_batch(self, *_: Any, **__: Any) -> None:
         """Counted in `accumulate`."""
-
-
-def peak_memory() -> int:
-    """Bytes: the most that was reserved on the GPU, or what the process has in memory now."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_reserved())
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
 
 
 def is_write_error(error: Exception) -> bool:
@@ -306,7 +316,7 @@ def make_trainer(
     rhythm = RhythmCallback()
     trainer = LoraTrainer(
         model=model,
-        args=training_arguments(config, folder, report_to),
+        args=training_arguments(config, count_trainable(model), folder, report_to),
         rows=rows,
         eval_rows=eval_rows,
         config=config,
@@ -320,7 +330,9 @@ def make_trainer(
     return trainer
 
 
-def training_arguments(config: ResolvedConfig, folder: Path, report_to: list[str] | str) -> TrainingArguments:
+def training_arguments(
+    config: ResolvedConfig, parameters: int, folder: Path, report_to: list[str] | str
+) -> TrainingArguments:
     """The run configuration in transformers' words."""
     device = Device.here()
     types = choose_types(config, device)
@@ -329,7 +341,7 @@ def training_arguments(config: ResolvedConfig, folder: Path, report_to: list[str
         per_device_train_batch_size=config.batch_size,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
-        optim=optimizer_name(config, device),
+        optim=optimizer_name(config, device, types, parameters),
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.scheduler,
         warmup_steps=config.warmup_steps,
@@ -359,9 +371,8 @@ def training_arguments(config: ResolvedConfig, folder: Path, report_to: list[str
     return arguments
 
 
-def optimizer_name(config: ResolvedConfig, device: Device) -> str:
+def optimizer_name(config: ResolvedConfig, device: Device, types: Types, parameters: int) -> str:
     """The configuration's optimiser in transformers' words."""
-    quantised = config.load in ("nf4", "int8")
-    if config.optimizer == "paged_adamw_8bit" or (config.optimizer == "auto" and quantised):
+    if choose_optimizer(config, types, parameters) == "paged_adamw_8bit":
         return "paged_adamw_8bit"
     return "adamw_torch_fused" if device.kind == "cuda" else "adamw_torch"

@@ -1,4 +1,4 @@
-"""Predictions against measured runs, as a table: to set the Coefficients of parts.py, and to show how good they are.
+"""Predictions against measured runs, as a table: to set the Coefficients of load.py, and to show how good they are.
 
     python -m loraport.train.memory.calibrate runs.json
 
@@ -25,8 +25,9 @@ from loraport.clients.terminal import exit_with, print_json, say
 from loraport.train.base_model import fetch_config
 from loraport.train.config import load_config
 from loraport.train.defaults import Facts, resolve
+from loraport.train.memory.load import COEFFICIENTS, Coefficients
 from loraport.train.memory.machine import Machine
-from loraport.train.memory.parts import COEFFICIENTS, Coefficients, Layout, Parts, memory
+from loraport.train.memory.parts import Layout, Parts, memory
 from loraport.train.memory.plan import load_of
 from loraport.train.memory.shapes import read_shape
 
@@ -79,7 +80,8 @@ def compare_run(run: dict[str, Any], number: int, known: Coefficients) -> Compar
             f"run {number} lacks something: {error}.", "see python -m loraport.train.memory.calibrate --help"
         ) from error
     resolved, _ = resolve(given, Facts.of_base(base))
-    parts = memory(read_shape(base), load_of(resolved, A_GPU), layout, known)
+    shape = read_shape(base)
+    parts = memory(shape, load_of(resolved, shape, A_GPU), layout, known)
     name = str(run.get("name", f"run {number}"))
     return Compared(name, layout.tokens, layout.checkpointed, parts, allocated, reserved)
 

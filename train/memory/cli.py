@@ -13,7 +13,7 @@ from loraport.train.base_model import fetch_config
 from loraport.train.cli import flag
 from loraport.train.config import ResolvedConfig, RunConfig, load_config, read_yaml
 from loraport.train.defaults import Facts, resolve
-from loraport.train.memory.machine import find_machine
+from loraport.train.memory.machine import find_machine, gpus_with_rows
 from loraport.train.memory.plan import plan, require_fit
 from loraport.train.memory.report import Report, Work, as_json, say_report
 from loraport.train.memory.shapes import read_shape
@@ -32,7 +32,7 @@ BYTES_A_TOKEN, BYTES_A_TOKEN_LEAST = 4.0, 2.5
 def plan_train(
     config: Path | None,
     gpu_name: str | None,
-    gpus: int,
+    gpus: int | None,
     rows: int | None,
     tokens: int | None,
     price_per_hour: float | None,
@@ -42,13 +42,14 @@ def plan_train(
     """Say what training will need: memory, time, cost, settings."""
     given = read_settings(config, flags)
     base = fetch_config(given.model, given.revision)
-    facts = replace(Facts.of_base(base), gpus=gpus, rows=rows, tokens=tokens)
+    facts = replace(Facts.of_base(base), rows=rows, tokens=tokens)
     has_data = given.data != NO_DATA
     if has_data and rows is None and tokens is None:
         facts = replace(facts, **measure(given.data))
     resolved, derived = resolve(given, facts)
     shape = read_shape(base, given.model)
-    machine = find_machine(resolved.gpu_memory, gpu_name, gpus)
+    machine = find_machine(resolved.gpu_memory, gpu_name, gpus or resolved.gpus)
+    machine = replace(machine, gpus=gpus_with_rows(machine.gpus, resolved.batch_size))
     made = plan(resolved, shape, machine)
     work = work_of(resolved, facts, has_data and rows is None and tokens is None)
     length = mean_length(resolved, facts)
@@ -127,7 +128,11 @@ def signature() -> inspect.Signature:
             None,
             typer.Option("--gpu-name", help="GPU to plan for, such as H200, A100, 4090 or T4. Default: the one here."),
         ),
-        "gpus": (int, 1, typer.Option("--gpus", min=1, help="Number of such GPUs.", show_default=True)),
+        "gpus": (
+            int | None,
+            None,
+            typer.Option("--gpus", min=1, help="Number of such GPUs. Default: all that are here, 1 of others."),
+        ),
         "rows": (int | None, None, typer.Option("--rows", min=1, help="Rows to train on, for hours and cost.")),
         "tokens": (int | None, None, typer.Option("--tokens", min=1, help="Tokens of all rows together.")),
         "price_per_hour": (

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from loraport.clients.errors import ConfigError, UsageError
-from loraport.clients.hardware import read_cpu, read_gpu
+from loraport.clients.hardware import read_cpu, read_gpus
+from loraport.clients.terminal import say
 from loraport.train.config import RunConfig
 
 GIB = 1 << 30
@@ -85,6 +86,7 @@ class Types:
         return self.held in ("nf4", "int8")
 
 
+SMALL_ADAPTER = 2**26  # parameters; their states in 32 bits take half a GiB
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -118,8 +120,21 @@ def choose_types(config: RunConfig, device: Computer) -> Types:
     return Types(held, held)
 
 
-def find_machine(gpu_memory: float | None, gpu_name: str | None, gpus: int = 1) -> Machine:
+def choose_optimizer(config: RunConfig, types: Types, parameters: int) -> Literal["adamw", "paged_adamw_8bit"]:
+    """What `optimizer` means for an adapter of so many parameters.
+
+    States in 8 bits save 6 bytes a parameter and take longer to update: they are for adapters that are large beside a
+    quantised base. A matter of the configuration alone, because it shows in the result.
+    """
+    if config.optimizer != "auto":
+        return config.optimizer
+    return "paged_adamw_8bit" if types.is_quantised and parameters > SMALL_ADAPTER else "adamw"
+
+
+def find_machine(gpu_memory: float | None, gpu_name: str | None, gpus: int | None = None) -> Machine:
     """The machine that is asked about: by GPU name, by GiB, or this one; of this one, what is free now.
+
+    `gpus` None: one, or of this machine all.
 
     UsageError for a name that is not in GPUS and comes without --gpu-memory.
     """
@@ -136,7 +151,7 @@ def find_machine(gpu_memory: float | None, gpu_name: str | None, gpus: int = 1) 
             known.name if known else gpu_name,
             int((memory or 0) * GIB),
             not known or known.has_bf16,
-            gpus,
+            gpus or 1,
             known,
         )
     here = read_here(gpus)
@@ -145,7 +160,7 @@ def find_machine(gpu_memory: float | None, gpu_name: str | None, gpus: int = 1) 
     limit = int(gpu_memory * GIB)
     if here.kind == "cuda" and limit <= here.memory:
         return replace(here, memory=limit)
-    return Machine("cuda", f"a GPU of {gpu_memory:g} GiB", limit, gpus=gpus)
+    return Machine("cuda", f"a GPU of {gpu_memory:g} GiB", limit, gpus=gpus or 1)
 
 
 def machine_for_run(gpu_memory: float | None, gpus: int = 1) -> Machine:
@@ -154,13 +169,29 @@ def machine_for_run(gpu_memory: float | None, gpus: int = 1) -> Machine:
     return here if gpu_memory is None else replace(here, memory=min(here.memory, int(gpu_memory * GIB)))
 
 
-def read_here(gpus: int = 1) -> Machine:
-    """This machine: the first visible GPU where torch can use one, else the CPU."""
-    gpu = read_gpu() if torch_has_cuda() else None
-    if gpu:
-        return Machine("cuda", gpu.name, gpu.free, gpu.has_bf16, gpus, find_gpu(gpu.name))
+def read_here(gpus: int | None = 1) -> Machine:
+    """This machine: the first `gpus` visible GPUs (None: all) where torch can use any, else the CPU.
+
+    Of several GPUs the one with the least free memory counts, because each does the same.
+    """
+    found = read_gpus(gpus) if torch_has_cuda() else []
+    if found:
+        least = min(found, key=lambda gpu: gpu.free)
+        has_bf16 = all(gpu.has_bf16 for gpu in found)
+        return Machine("cuda", least.name, least.free, has_bf16, gpus or len(found), find_gpu(least.name))
     cpu = read_cpu(bound=False)
     return Machine("cpu", cpu.name, cpu.free, cpu.has_bf16)
+
+
+def gpus_with_rows(wanted: int, batch_size: int) -> int:
+    """GPUs that a run uses: no more than a step has rows, which is said."""
+    if wanted > batch_size:
+        say(
+            f"note: {batch_size} of {wanted} GPUs are used, one for each row of a step; a larger --batch-size uses "
+            f"more, with another result",
+            "yellow",
+        )
+    return min(wanted, batch_size)
 
 
 def torch_has_cuda() -> bool:

@@ -16,15 +16,15 @@ from typing import Any, Literal
 from loraport.clients.errors import ConfigError, ResourceError
 from loraport.train.config import ResolvedConfig
 from loraport.train.defaults import Choice
-from loraport.train.memory.machine import GIB, GPUS, Machine, Types, choose_types
-from loraport.train.memory.parts import Counted, Layout, Load, Parts, Sharding
+from loraport.train.memory.load import Load
+from loraport.train.memory.machine import GIB, GPUS, Machine, Types, choose_optimizer, choose_types
+from loraport.train.memory.parts import Counted, Layout, Parts, Sharding
 from loraport.train.memory.servable import check_servable
 from loraport.train.memory.shapes import Shape, check_targets
 from loraport.train.memory.speed import DDP_EFFICIENCY, FSDP_EFFICIENCY, adapter_bytes, relative_time
 
 MOST_TOKENS = 16_384  # beyond it a micro-step gains no more speed on any GPU (speed.HALF_SPEED_TOKENS)
 LEAST_LENGTH = 256  # of the rows that are proposed where longer ones do not fit
-DENSE_STEP = 512  # train/loop/attention.py: the multiple that documents of about equal length are padded to
 OPEN: dict[str, Any] = {"checkpointing": "auto", "micro_batch_tokens": None}  # left to the plan
 RUNGS = ("off", "half", "full", "offload")
 
@@ -96,9 +96,9 @@ def plan(config: ResolvedConfig, shape: Shape, machine: Machine, longest: int | 
     `longest`: tokens of the longest row where rows were read; the configuration's sequence length else. Raises
     ConfigError for targets that the base lacks, BaseModelError for bases on which vLLM takes no adapters.
     """
-    check_servable(shape, config.model)
+    check_servable(shape.architectures, config.model)
     check_targets(shape, config.target_modules, config.model)
-    load = load_of(config, machine)
+    load = load_of(config, shape, machine)
     longest = max(16, min(longest or config.sequence_length, config.sequence_length))
     counted = Counted(shape, load)
     layout, fits = choose_layout(config, counted, machine, longest)
@@ -128,30 +128,27 @@ def require_fit(made: Plan) -> None:
         raise ResourceError(made.verdict, changes or smaller)
 
 
-def load_of(config: ResolvedConfig, machine: Machine) -> Load:
-    """What the configuration trains and how it is held on `machine`."""
+def load_of(config: ResolvedConfig, shape: Shape, machine: Machine) -> Load:
+    """What the configuration trains of a model, and how it is held on `machine`."""
+    parameters = shape.trainable_parameters(config.rank, config.target_modules)
     types = choose_types(config, machine)
     if config.optimizer == "paged_adamw_8bit" and machine.kind != "cuda":
         raise ConfigError("optimizer paged_adamw_8bit needs an NVIDIA GPU, and there is none here.", "leave it away")
-    eight_bit = config.optimizer == "paged_adamw_8bit" or (config.optimizer == "auto" and types.is_quantised)
     return Load(
         types=types,
         rank=config.rank,
         targets=config.target_modules,
         dropout=config.dropout,
         double_quant=config.double_quant,
-        optimizer="paged_adamw_8bit" if eight_bit else "adamw",
+        optimizer=choose_optimizer(config, types, parameters),
         device=machine.kind,
-        attention=attention_of(config, machine, types),
+        attention=attention_of(machine, types),
     )
 
 
-def attention_of(config: ResolvedConfig, machine: Machine, types: Types) -> Literal["flash", "padded", "joined"]:
-    """How attention will run on `machine`, in the words of Load; of two that may come, the one that needs more."""
-    if machine.kind == "cpu" or not machine.has_bf16 or types.width == 4:
-        return "joined"
-    may_be_hopper = machine.gpu is None or machine.gpu.name.startswith(("H100", "H200"))
-    return "padded" if may_be_hopper and config.sequence_length % DENSE_STEP else "flash"
+def attention_of(machine: Machine, types: Types) -> Literal["flash", "joined"]:
+    """How attention will run on `machine`, in the words of Load."""
+    return "joined" if machine.kind == "cpu" or not machine.has_bf16 or types.width == 4 else "flash"
 
 
 def choose_layout(config: ResolvedConfig, counted: Counted, machine: Machine, longest: int) -> tuple[Layout, bool]:
@@ -249,7 +246,7 @@ def explain(
 ) -> tuple[Choice, ...]:
     """The settings with the reason for each."""
     own = "as given" if config.load != "auto" else f"what {'a GPU' if machine.kind == 'cuda' else 'a CPU'} computes in"
-    states = "as given" if config.optimizer != "auto" else f"goes with a base in {load.types.held}"
+    states = "as given" if config.optimizer != "auto" else f"for so many parameters on a base in {load.types.held}"
     made = [
         Choice("base held in", load.types.held, own),
         Choice("optimizer", load.optimizer, states),
@@ -296,7 +293,7 @@ def find_alternatives(
 
     def attempt(change: str, where: Machine = machine, **settings: Any) -> list[Alternative]:
         other = config.model_copy(update=settings)
-        counted = Counted(shape, load_of(other, where))
+        counted = Counted(shape, load_of(other, shape, where))
         layout, fits = choose_layout(other, counted, where, min(longest, other.sequence_length))
         return [Alternative(change, counted.memory(layout).peak)] if fits else []
 

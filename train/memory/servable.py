@@ -4,8 +4,9 @@ The rank is bounded by the run configuration, the targets by shapes.check_target
 options at all. What is left is the architecture: vLLM loads adapters onto models whose class is a `SupportsLoRA`.
 """
 
+from collections.abc import Iterable
+
 from loraport.clients.errors import BaseModelError
-from loraport.train.memory.shapes import Shape
 
 # Language models in vLLM 0.32.0 (vllm/model_executor/models/registry.py) whose class is no SupportsLoRA; the test
 # compares the list with the installed sources. An architecture that vLLM has no class for goes through its wrapper of
@@ -25,9 +26,9 @@ WITHOUT_LORA = frozenset(
 )
 
 
-def check_servable(shape: Shape, model: str) -> None:
-    """BaseModelError for a base on which vLLM takes no adapters."""
-    refused = sorted(WITHOUT_LORA & set(shape.architectures))
+def check_servable(architectures: Iterable[str], model: str) -> None:
+    """BaseModelError for a base on which vLLM takes no adapters; `architectures` as its config.json names them."""
+    refused = sorted(WITHOUT_LORA & set(architectures))
     if refused:
         raise BaseModelError(
             f"vLLM takes no LoRA adapters on {model}: its {refused[0]} has no support for them.",

@@ -2,7 +2,7 @@
 
 transformers builds the model on torch's meta device, where tensors have a shape and no memory: 65B parameters take a
 tenth of a second, and every architecture that transformers knows is counted as it will be loaded. What the memory
-formula cannot speak for is refused here: mixtures of experts, linear attention, bases that are stored quantised.
+formula cannot speak for is told here: mixtures of experts, linear attention, bases that are stored quantised.
 Nothing is said about memory: see parts.py.
 
     >>> shape = read_shape({"model_type": "mistral", ...})
@@ -129,8 +129,13 @@ def is_target(linear: Linear, targets: tuple[str, ...]) -> bool:
     return targets == (ALL_LINEAR,) or linear.path.endswith(tuple(f".{target}" for target in targets))
 
 
+class Uncounted(BaseModelError):
+    """A base that can perhaps be trained, but not planned for."""
+
+
 def read_shape(config: dict[str, Any], model: str = "the model") -> Shape:
-    """The shape of the model that a config.json describes; BaseModelError where it cannot be known or planned for.
+    """The shape of the model that a config.json describes; BaseModelError where it is not known, Uncounted where it
+    cannot be planned for.
 
     Imports torch and transformers: some seconds, once a process.
     """
@@ -171,7 +176,15 @@ def build_on_meta(config: dict[str, Any], model: str) -> Any:
             f"{model} is of an architecture that the installed transformers does not know: {kind!r}.",
             "check model_type in its config.json; models that bring code of their own are not run",
         ) from error
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        ZeroDivisionError,
+        RuntimeError,
+        AssertionError,
+        ImportError,
+    ) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise BaseModelError(
             f"{model} cannot be built as a causal language model from its config.json: {reason}.",
@@ -180,19 +193,20 @@ def build_on_meta(config: dict[str, Any], model: str) -> Any:
 
 
 def check_dense(built: Any, config: dict[str, Any], model: str) -> None:
-    """Refuse what the formula does not hold for: experts in one tensor, layers without softmax attention."""
+    """Uncounted where the formula does not hold: experts in one tensor, layers without softmax attention."""
     text = built.config.get_text_config()
     if any(".experts." in name for name, _ in built.named_parameters()):
-        raise BaseModelError(
-            f"{model} is a mixture of experts: bitsandbytes leaves experts in 16 bits and no LoRA goes onto them here.",
-            "train a dense model of that family",
+        raise Uncounted(
+            f"the memory of {model} cannot be counted: it is a mixture of experts, which any --load leaves in 16 bits.",
+            "`loraport train` takes it with the settings that need least; a dense model can be planned",
         )
     kinds = set(getattr(text, "layer_types", None) or ())
     odd = sorted(kind for kind in kinds if "attention" not in kind or "linear" in kind)
     if odd or not getattr(text, "num_attention_heads", None):
-        raise BaseModelError(
-            f"{model} has layers without softmax attention ({', '.join(odd) or config.get('model_type')}).",
-            "their memory is not known well enough to promise anything; train a model with attention in every layer",
+        raise Uncounted(
+            f"the memory of {model} cannot be counted: it has layers without softmax attention "
+            f"({', '.join(odd) or config.get('model_type')}).",
+            "`loraport train` takes it with the settings that need least; one with attention everywhere can be planned",
         )
 
 
@@ -242,13 +256,14 @@ def is_plain(built: Any, text: Any) -> bool:
 
 
 def find_layers(built: Any, count: int, model: str) -> tuple[Iterable[Any], str]:
-    """The list of decoder layers and its path; that of the language model, where there are others."""
+    """The list of decoder layers and its path: that of the language model, though an image encoder may have as many."""
     import torch
 
+    own = set((built.get_decoder() or built).modules())
     found = [
         (module, path)
         for path, module in built.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count and "vision" not in path
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count and module in own
     ]
     if not found:
         raise BaseModelError(f"{model} has no list of {count} decoder layers.", "its architecture is an unusual one")

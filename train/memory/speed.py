@@ -1,8 +1,9 @@
 """Tokens a second, hours, cost and the size of the adapter. Estimates, with their uncertainty; no torch here.
 
 A step's arithmetic is 4 FLOP for each weight and token (forward, and backward to the activations: the base is frozen),
-2 more for each weight that is computed again, 6 for each of the adapter's, and attention's. It takes the time that a
-GPU of that data sheet needs at the share of it that training was measured to reach.
+2 more for each weight that is computed again (fused layers leave out their last, train/loop/layer.py), 6 for each of
+the adapter's, and attention's. It takes the time that a GPU of that data sheet needs at the share of it that training
+was measured to reach.
 
     >>> estimate(shape, load, Layout(tokens=4096), machine, trained_share=1.0).tokens_per_second
     9100
@@ -11,15 +12,16 @@ GPU of that data sheet needs at the share of it that training was measured to re
 import json
 from dataclasses import dataclass
 
+from loraport.train.memory.load import Load
 from loraport.train.memory.machine import Machine
-from loraport.train.memory.parts import Layout, Load
+from loraport.train.memory.parts import Layout
 from loraport.train.memory.shapes import Shape
 
 # Share of the data sheet's arithmetic that a step with many tokens reaches, and the tokens at which it reaches half of
 # that: kernels are launched and weights dequantised once a micro-step, however many tokens. From ten runs of ours on
 # one H200, shapes of 7B to 65B (docs/benchmarks/2026-11-22-h200-training); * int8 was not measured.
-UTILISATION = {"nf4": 0.57, "int8": 0.50, "other": 0.55}
-HALF_SPEED_TOKENS = {"nf4": 800, "int8": 800, "other": 200}
+UTILISATION = {"nf4": 0.60, "int8": 0.50, "other": 0.57}
+HALF_SPEED_TOKENS = {"nf4": 650, "int8": 800, "other": 200}
 # Estimated over real: measured GPU and not. Other GPUs reach more or less of their data sheet.
 MEASURED_ON = "H200"
 UNCERTAINTY, UNCERTAINTY_ELSEWHERE = (0.85, 1.2), (0.5, 1.3)
@@ -46,7 +48,8 @@ def work_per_token(shape: Shape, load: Load, layout: Layout, length: int, traine
     attention = len(shape.blocks) * query * seen * (14 + 4 * again)
     head = 4 * shape.hidden * shape.vocabulary * trained_share
     adapter = (6 + 2 * again) * shape.trainable_parameters(load.rank, load.targets)
-    return (4 + 2 * again) * shape.linear_parameters + adapter + attention + head
+    last = sum(each.parameters for each in shape.linears if each.name == "down_proj") if shape.is_fused else 0
+    return 4 * shape.linear_parameters + 2 * again * (shape.linear_parameters - last) + adapter + attention + head
 
 
 def reached(load: Load, tokens: int) -> float:
