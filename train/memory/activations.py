@@ -2,8 +2,8 @@
 
 T is the number of tokens of a micro-step, b the bytes of a number in the arithmetic. H hidden size, Q and KV the widths
 of all query and of all key heads, I the width of gate and of up. Counted as train/loop lays it out: layer.py and mlp.py
-for what is kept, groups.py for the wide matrices, attention.py for its ways, loss.py. "Reducing Activation Recomputation"
-(Korthikanti et al., 2022, arXiv:2205.05198) for the way of counting.
+for what is kept, groups.py for the wide matrices, attention.py for its ways, loss.py. The way of counting is that of
+"Reducing Activation Recomputation" (Korthikanti et al., 2022, arXiv:2205.05198).
 
     >>> layer_bytes(shape.blocks[0], shape, load) * tokens
 """

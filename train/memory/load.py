@@ -63,8 +63,8 @@ COEFFICIENTS = Coefficients()
 class Load:
     """What is trained and how it is held: all that memory depends on beside the shape and the layout.
 
-    `attention`, as train/loop/attention.py chooses it: flash on all documents at once; joined, where each is computed by
-    itself (`by_document`).
+    `attention`, as train/loop/attention.py chooses it: flash on all documents at once; joined, where each is
+    computed by itself (`by_document`).
     """
 
     types: Types
