@@ -7,6 +7,7 @@ and the figures come back through files, and what follows the training happens i
     >>> model, outcome = fit_on(2, base, rows, eval_rows, config, settings, runs, sealed)
 """
 
+import gc
 import json
 import os
 import signal
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 from loraport.clients import errors
@@ -35,7 +35,7 @@ from loraport.train.loop.lora import load_lora
 from loraport.train.loop.packing import Rows
 from loraport.train.loop.progress import ProgressCallback
 from loraport.train.loop.settings import Settings
-from loraport.train.loop.shards import Shards
+from loraport.train.loop.shards import share
 
 ERROR, OUTCOME, ADAPTER = "error.json", "outcome.json", "adapter"
 PATIENCE = 60.0  # seconds to end in, after a stop, once one of them has: it may be writing the checkpoint of all
@@ -91,15 +91,16 @@ def fit_on(
             raise
         found = json.loads((task.folder / OUTCOME).read_text())
         outcome = Outcome(found["metrics"], found["history"], Settings(**found["settings"]))
-        return load_trained(base, config, task.folder / ADAPTER), outcome
+        # What no GPU holds for a training, one may hold for replies, or all of them together.
+        return load_trained(base, config, task.folder / ADAPTER, "auto" if settings.sharded else None), outcome
 
 
-def load_trained(base: Base, config: ResolvedConfig, folder: Path) -> Any:
+def load_trained(base: Base, config: ResolvedConfig, folder: Path, device: Any = None) -> Any:
     """A fresh PeftModel with the weights of the adapter in `folder`; AdapterError unless they are exactly its own."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    model = load_lora(base, config)
+    model = load_lora(base, config, device)
     found = set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
     trained = {name for name, each in model.named_parameters() if each.requires_grad}
     odd = sorted([*found.unexpected_keys, *(trained & set(found.missing_keys))])
@@ -165,12 +166,11 @@ def work(rank: int, task: Task) -> None:
 def train_one(rank: int, task: Task, progress: ProgressCallback) -> None:
     """Load, train, and in the first process write the result."""
     limit_memory(task.config.gpu_memory)
-    # A base that is to be shared fits no GPU whole: it is loaded into memory, and goes to the GPUs layer by layer.
-    model = load_lora(task.base, task.config, torch.device("cpu") if task.settings.sharded else this_device())
-    shards = None
     if task.settings.sharded:
-        PartialState(cpu=not torch.cuda.is_available())  # the processes meet: the first layer needs all of them
-        shards = Shards(model, rank, task.processes, this_device())
+        model = load_to_share(task.base, task.config)
+        shards = share(model, this_device())
+    else:
+        model, shards = load_lora(task.base, task.config, this_device()), None
     outcome = fit(
         model,
         task.rows,
@@ -188,6 +188,16 @@ def train_one(rank: int, task: Task, progress: ProgressCallback) -> None:
         model.save_pretrained(task.folder / ADAPTER, save_embedding_layers=False)
         document = {"metrics": outcome.metrics, "history": outcome.history, "settings": asdict(outcome.settings)}
         (task.folder / OUTCOME).write_text(json.dumps(document))
+
+
+def load_to_share(base: Base, config: ResolvedConfig) -> Any:
+    """The whole model on this process's GPU where it holds it without a training, which is fast; else in memory."""
+    try:
+        return load_lora(base, config, this_device())
+    except ResourceError:
+        gc.collect()
+        torch.cuda.empty_cache()
+        return load_lora(base, config, torch.device("cpu"))
 
 
 def this_device() -> torch.device:

@@ -73,14 +73,16 @@ def with_lora(model: Any, config: ResolvedConfig, targets: list[str]) -> Any:
 
 
 def load_base(base: Base, types: Types, double_quant: bool, device: Any = None) -> Any:
-    """The base's weights on `device`; by default this process's GPU, or memory where there is none."""
+    """The base's weights on `device`: this process's GPU if None, or memory where there is none; auto: spread over all
+    GPUs and, where they do not hold it, memory.
+    """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     computed = getattr(torch, types.computed)
     if device is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-    options: dict[str, Any] = {"device_map": {"": device}} if device is not None else {}
+    options: dict[str, Any] = {} if device is None else {"device_map": "auto" if device == "auto" else {"": device}}
     if types.held == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,

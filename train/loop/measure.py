@@ -21,6 +21,7 @@ from loraport.train.loop.fit import fit
 from loraport.train.loop.lora import count_trainable, with_lora
 from loraport.train.loop.random_base import random_base, random_rows
 from loraport.train.loop.settings import Settings
+from loraport.train.loop.shards import share
 from loraport.train.loop.step_clock import StepClock, run_worker
 from loraport.train.memory.machine import machine_for_run
 from loraport.train.memory.plan import Plan, plan
@@ -48,16 +49,20 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     device = use_device()
     config = configure(spec)
     made = planned(config, spec)
-    settings = Settings(made.settings.micro_batch_tokens, made.settings.checkpointed_layers, made.settings.offload)
+    sharded = made.settings.sharding == "fsdp"
+    settings = Settings(
+        made.settings.micro_batch_tokens, made.settings.checkpointed_layers, made.settings.offload, sharded
+    )
     base = random_base(spec["shape"], spec["load"], device, seed=spec["seed"])
     model = with_lora(base, config, list(config.target_modules))
+    shards = share(model, torch.device(device)) if sharded else None
     vocabulary = spec["shape"]["vocab_size"]
     rows = RandomRows(spec["lengths"], vocabulary, spec["seed"])
     eval_rows = RandomRows(spec["lengths"][:1], vocabulary, spec["seed"] + 1)
     clock = StepClock(spec["warmup"])
     clock.reset()
     folder = Path(spec["out"]).parent / "run"  # one for all processes; it goes with the spec
-    outcome = fit(model, rows, eval_rows, config, settings, folder, {}, callbacks=(clock,))
+    outcome = fit(model, rows, eval_rows, config, settings, folder, {}, callbacks=(clock,), shards=shards)
     return clock.figures() | {
         "trainable_parameters": count_trainable(model),
         "settings": vars(outcome.settings),

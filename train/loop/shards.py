@@ -5,7 +5,7 @@ one all-gather of bytes, in whatever form its weights are held (NF4 with its sca
 GPU, in float32, under DistributedDataParallel: the result is that of one GPU. The next layer is on its way while one
 computes.
 
-    >>> shards = Shards(model, rank, world, device)   # a PeftModel; frees what other GPUs keep
+    >>> shards = share(model, device)   # a PeftModel; frees what other GPUs keep
     >>> loss.backward(); shards.release()
 """
 
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from loraport.train.loop.checkpointing import decoder_layers
@@ -128,6 +129,12 @@ class Shards:
                 shard.arriving[1].wait()
                 shard.arriving = None
             shard.leave(all_users=True)
+
+
+def share(model: Any, device: torch.device) -> Shards:
+    """A PeftModel in shares among the processes that torchrun's variables tell of; all of them have to call this."""
+    state = PartialState(cpu=device.type == "cpu")  # the processes meet: the first layer needs all of them
+    return Shards(model, state.process_index, state.num_processes, device)
 
 
 def frozen_tensors(layer: Any) -> list[tuple[Any, str]]:
