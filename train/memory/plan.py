@@ -246,7 +246,8 @@ def explain(
 ) -> tuple[Choice, ...]:
     """The settings with the reason for each."""
     own = "as given" if config.load != "auto" else f"what {'a GPU' if machine.kind == 'cuda' else 'a CPU'} computes in"
-    states = "as given" if config.optimizer != "auto" else f"for so many parameters on a base in {load.types.held}"
+    size = shape.trainable_parameters(config.rank, config.target_modules)
+    states = "as given" if config.optimizer != "auto" else f"for {size:,} parameters on a base in {load.types.held}"
     made = [
         Choice("base held in", load.types.held, own),
         Choice("optimizer", load.optimizer, states),
