@@ -17,7 +17,7 @@ import psutil
 from loraport.clients.endpoint import is_alive, read_records
 from loraport.clients.errors import AdapterError, BaseModelError, ResourceError, UsageError
 from loraport.clients.home import Home
-from loraport.serve import versions
+from loraport.serve.engine import versions
 from loraport.train.adapters import CONFIG, Adapter, find_adapter, open_adapter
 from loraport.train.base_model import Base, identify, read_json, resolve
 from loraport.train.config import VLLM_RANKS

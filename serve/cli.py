@@ -89,7 +89,7 @@ def serve(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document when ready.")] = False,
 ) -> None:
     """Serve a base and its adapters on one OpenAI-compatible URL."""
-    from loraport.serve.plan import BYTES, Wanted
+    from loraport.serve.plan.settings import BYTES, Wanted
     from loraport.serve.serve import Request
     from loraport.serve.serve import serve as run
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from loraport.clients.endpoint import PLACEHOLDER_KEY
 from loraport.clients.terminal import program, say
-from loraport.serve.engine import Launch
-from loraport.serve.verify import Verified
+from loraport.serve.engine.process import Launch
+from loraport.serve.proof.verify import Verified
 
 LONGEST_QUESTION = 400  # characters, of a line to copy
 ANYWHERE = ("0.0.0.0", "::", "")

@@ -1,10 +1,10 @@
 """`loraport serve`, from top to bottom: check, plan, start, verify, tell, watch, stop.
 
 check    port, adapters, base, names, disk                       1-2 s, nothing started     checks.py
-plan     context, memory, requests, slots; each with its reason                             plan.py
-start    the engine under its guard; phases shown                20-60 s on two cores       engine.py, startup.py
-verify   golden replies replayed through the endpoint, prompts   a second or two            verify.py, prompts.py,
-         compared, base and adapters asked at the same moment                               together.py
+plan     context, memory, requests, slots; each with its reason                             plan/
+start    the engine under its guard; phases shown                20-60 s on two cores       engine/
+verify   golden replies replayed through the endpoint, prompts   a second or two            proof/
+         compared, base and adapters asked at the same moment
 tell     base URL, models, lines to copy; the record for the other commands                 report.py
 watch    until Ctrl-C, SIGTERM, or the engine's death; then everything is ended
 """
@@ -23,14 +23,16 @@ from loraport.clients.errors import BaseModelError
 from loraport.clients.hardware import Device
 from loraport.clients.home import Home, require_disk, write_json
 from loraport.clients.terminal import console, print_json, say
-from loraport.serve import checks, prompts, report, versions
-from loraport.serve.engine import DEFAULT_COMMAND, Engine, Launch
-from loraport.serve.hardware import read_device
-from loraport.serve.leftovers import end_leftovers
-from loraport.serve.plan import Plan, Wanted, plan, read_shape
-from loraport.serve.startup import explain_death, wait_ready
-from loraport.serve.together import check_together
-from loraport.serve.verify import Verified, verify
+from loraport.serve import checks, report
+from loraport.serve.engine import versions
+from loraport.serve.engine.leftovers import end_leftovers
+from loraport.serve.engine.process import DEFAULT_COMMAND, Engine, Launch
+from loraport.serve.engine.startup import explain_death, wait_ready
+from loraport.serve.plan.hardware import read_device
+from loraport.serve.plan.settings import Plan, Wanted, plan, read_shape
+from loraport.serve.proof import prompts
+from loraport.serve.proof.together import check_together
+from loraport.serve.proof.verify import Verified, verify
 from loraport.train.adapters import Adapter
 from loraport.train.base_model import Base, chat_template
 

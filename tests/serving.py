@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from loraport.clients.home import Home
-from loraport.serve.leftovers import read_traces, session_of
+from loraport.serve.engine.leftovers import read_traces, session_of
 from tests.conftest import free_port, read_document
 
 FAKE = shlex.join([sys.executable, str(Path(__file__).with_name("fake_engine.py"))])

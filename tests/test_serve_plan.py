@@ -10,9 +10,10 @@ import pytest
 
 from loraport.clients.errors import ResourceError, UsageError
 from loraport.clients.hardware import Device, read_cgroup, read_gpu
-from loraport.serve import hardware, versions
 from loraport.serve.cli import check_engine_flags, check_flags, parse_context, split_arguments
-from loraport.serve.plan import GIB, MIB, Plan, Wanted, find, plan, read_shape
+from loraport.serve.engine import versions
+from loraport.serve.plan import hardware
+from loraport.serve.plan.settings import GIB, MIB, Plan, Wanted, find, plan, read_shape
 from loraport.train.manifest import BaseIdentity, DataCounts, Manifest
 
 LLAMA_8B = {

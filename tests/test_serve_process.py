@@ -20,7 +20,7 @@ from loraport.clients.endpoint import find_base_url, read_records
 from loraport.clients.errors import AdapterError, BaseModelError, ResourceError, UsageError
 from loraport.clients.home import Home
 from loraport.serve import checks
-from loraport.serve.plan import Wanted
+from loraport.serve.plan.settings import Wanted
 from loraport.serve.serve import Request, serve
 from loraport.train.adapters import Adapter
 from tests.adapters import make_tiny_adapter

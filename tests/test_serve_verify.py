@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from loraport.serve.together import Question, as_reply, ask_together, list_questions
-from loraport.serve.verify import TOLERANCES, Recorded, Served, read_reply, replay, tells_apart, tolerance_for
+from loraport.serve.proof.together import Question, as_reply, ask_together, list_questions
+from loraport.serve.proof.verify import TOLERANCES, Recorded, Served, read_reply, replay, tells_apart, tolerance_for
 from loraport.train.manifest import Golden, Reply
 from tests.test_serve_plan import manifest
 

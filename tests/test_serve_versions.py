@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from loraport.serve import versions
-from loraport.serve.startup import Timeline, last_words
+from loraport.serve.engine import versions
+from loraport.serve.engine.startup import Timeline, last_words
 from tests.fake_engine import start_lines
 
 

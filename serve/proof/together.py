@@ -17,7 +17,7 @@ from math import inf
 from threading import Barrier, BrokenBarrierError
 
 from loraport.clients.errors import VerificationError
-from loraport.serve.verify import TOLERANCES, Outcome, Replayer, Served, Tolerance, replay, tolerance_for
+from loraport.serve.proof.verify import TOLERANCES, Outcome, Replayer, Served, Tolerance, replay, tolerance_for
 from loraport.train.manifest import Manifest, Reply
 
 CONFIRMATIONS = 2  # which requests share a batch is a matter of milliseconds

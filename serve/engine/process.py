@@ -22,10 +22,10 @@ from loraport.clients.endpoint import process_identity
 from loraport.clients.errors import os_errors
 from loraport.clients.hardware import Device
 from loraport.clients.home import Home
-from loraport.serve import versions
-from loraport.serve.leftovers import MARKER, EngineTrace, marker, session_of
-from loraport.serve.leftovers import end as end_processes
-from loraport.serve.plan import Plan
+from loraport.serve.engine import versions
+from loraport.serve.engine.leftovers import MARKER, EngineTrace, marker, session_of
+from loraport.serve.engine.leftovers import end as end_processes
+from loraport.serve.plan.settings import Plan
 from loraport.train.adapters import Adapter
 from loraport.train.base_model import Base
 

@@ -18,8 +18,8 @@ from rich.status import Status
 
 from loraport.clients.errors import EngineError
 from loraport.clients.terminal import console, say
-from loraport.serve import versions
-from loraport.serve.engine import Engine
+from loraport.serve.engine import versions
+from loraport.serve.engine.process import Engine
 
 POLL_S = 0.2
 LISTING_S = 8.0  # for a healthy engine to list its models

@@ -1,0 +1,1 @@
+"""What to ask of the engine, from config.json and the adapters' manifests alone."""
