@@ -94,13 +94,14 @@ def base_of(kind: str, seed: int = 0) -> Any:
     return getattr(transformers, f"{prefix}ForCausalLM")(config).requires_grad_(False)
 
 
-def lora_on(base: Any, dropout: float = 0.0, rank: int = 4, seed: int = 1) -> Any:
-    """A PeftModel on all linears of `base`, whose adapter is not the zero that it starts as."""
+def lora_on(
+    base: Any, dropout: float = 0.0, rank: int = 4, seed: int = 1, targets: Any = "all-linear", **more: Any
+) -> Any:
+    """A PeftModel on linears of `base`, whose adapter is not the zero that it starts as."""
     torch.manual_seed(seed)
-    settings = LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear"
-    )
-    model = get_peft_model(base, settings)
+    settings: dict[str, Any] = {"task_type": "CAUSAL_LM", "lora_dropout": dropout, "target_modules": targets}
+    settings |= {"r": rank, "lora_alpha": 2 * rank}
+    model = get_peft_model(base, LoraConfig(**settings | more))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.1)

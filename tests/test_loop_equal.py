@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from loraport.clients.errors import BaseModelError, Refused
+from loraport.train.loop import mlp as mlp_module
 from loraport.train.loop import ways as ways_module
 from loraport.train.loop.fit import fit
-from loraport.train.loop.fused import forget, fuse, unfuse
+from loraport.train.loop.fused import MADE, forget, fuse, unfuse
 from loraport.train.loop.settings import Settings
 from loraport.train.loop.ways import LADDER, Ways, agreeing, small_windows, trained
 from tests.loop import SPECIAL, ToyRows, assert_same, base_of, config_for, lora_on, ours, plain, weights_of
@@ -48,9 +49,35 @@ def test_packing_and_checkpointing_change_nothing(kind: str, ways: Ways) -> None
         assert_same(found, wanted)
 
 
-@pytest.mark.parametrize("ways", [Ways(), Ways(fused=False)], ids=str)
-def test_dropout_is_the_same_when_layers_are_computed_again(ways: Ways) -> None:
-    model, rows = lora_on(base_of("qwen3"), dropout=0.3), ToyRows(4, seed=3)
+SUBSETS: list[tuple[list[str], int, dict[str, Any]]] = [
+    (["q_proj"], 3, {}),
+    (["k_proj", "v_proj"], 9, {}),
+    (["v_proj", "o_proj", "down_proj"], 3, {"use_rslora": True}),
+    (["q_proj", "up_proj"], 9, {"layers_to_transform": [1]}),
+    (["q_proj", "gate_proj", "down_proj"], 4, {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"gate_proj": 1}}),
+]
+
+
+@pytest.mark.parametrize(("targets", "rank", "more"), SUBSETS, ids=str)
+@pytest.mark.parametrize("kind", ["qwen3", "llama-biases"])
+def test_adapters_on_some_linears_are_trained_right(
+    kind: str, targets: list[str], rank: int, more: dict[str, Any]
+) -> None:
+    model, rows = lora_on(base_of(kind), rank=rank, targets=targets, **more), ToyRows(4, seed=3)
+    wanted_loss, wanted = plain(model, rows)
+    for layers in (0, 1, 2):
+        found_loss, found = ours(model, rows, Ways(), 60, layers)
+        assert found_loss == pytest.approx(wanted_loss, rel=1e-5)
+        assert_same(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ways"),
+    [("qwen3", Ways()), ("qwen3", Ways(fused=False)), ("granite", Ways(own_head=False)), ("phi3", Ways())],
+    ids=str,
+)
+def test_dropout_is_the_same_when_layers_are_computed_again(kind: str, ways: Ways) -> None:
+    model, rows = lora_on(base_of(kind), dropout=0.3), ToyRows(4, seed=3)
     results = []
     for layers in (0, 1, 2):
         torch.manual_seed(4)
@@ -144,8 +171,90 @@ def test_the_model_is_itself_again_afterwards() -> None:
     with trained(model, Ways()):
         assert model.config._attn_implementation == "loraport"
     assert model.config._attn_implementation == "sdpa"
-    assert not any("forward" in vars(module) for module in model.modules())
+    ours_alone = {"forward", MADE, "again", "to_host"}
+    assert not any(ours_alone & set(vars(module)) for module in model.modules())
     assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_a_change_between_two_uses_is_seen() -> None:
+    model, rows = lora_on(base_of("qwen3")), ToyRows(3)
+    ours(model, rows, Ways(), 60)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(3)
+    loss, _ = ours(model, rows, Ways(), 60)
+    assert loss == pytest.approx(plain(model, rows)[0], rel=1e-5)
+
+
+def test_inputs_of_layers_may_be_kept_elsewhere() -> None:
+    """As offloading keeps them; on a CPU there is nowhere to go, and no memory to pin."""
+    model, rows = lora_on(base_of("qwen3"), dropout=0.3), ToyRows(3)
+    results = []
+    for to_host in (False, True):
+        torch.manual_seed(4)
+        hooks = torch.autograd.graph.save_on_cpu() if to_host else contextlib.nullcontext()
+        with hooks:
+            results.append(ours(model, rows, Ways(), 60, 2))
+    assert results[0][0] == results[1][0]
+    assert_same(results[1][1], results[0][1], rtol=0, share=0)
+
+
+@pytest.mark.parametrize("where", ["swiglu", "swiglu_backward"])
+def test_a_step_that_ran_out_of_memory_is_made_again(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = lora_on(base_of("qwen3")), ToyRows(3)
+    wanted = ours(model, rows, Ways(), 60, 1)
+    own, calls = getattr(mlp_module, where), 0
+
+    def second_fails(*given: torch.Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory (a test)")
+        own(*given)
+
+    monkeypatch.setattr(mlp_module, where, second_fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        ours(model, rows, Ways(), 60, 1)
+    model.zero_grad()
+    found = ours(model, rows, Ways(), 60, 1)
+    assert calls > 2 and found[0] == wanted[0]
+    assert_same(found[1], wanted[1], rtol=0, share=0)
+
+
+class TwoOutputs(torch.nn.Module):
+    """Two linears side by side; the other one's gradients stand where the first could take room to be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(32, 96, bias=False), torch.nn.Linear(32, 32, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.a(x), self.b(x)], -1)
+
+
+def test_gradients_beside_others_are_left_alone() -> None:
+    model = lora_on(TwoOutputs(), rank=8, targets=["a", "b"], task_type=None)
+    x, dy = torch.randn(20, 32, requires_grad=True), torch.randn(20, 128)
+    learning = [x, *(p for p in model.parameters() if p.requires_grad)]
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad((model.get_base_model()(x) * dy).sum(), learning)
+
+    wanted = gradients()
+    fuse(model)
+    found = gradients()
+    unfuse(model)
+    for ours_, plain_ in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours_, plain_)
+
+
+def test_what_stands_behind_an_input_is_left_alone() -> None:
+    model = lora_on(torch.nn.Sequential(torch.nn.Linear(96, 16, bias=False)), rank=8, targets=["0"], task_type=None)
+    wide = torch.randn(20, 128)
+    before, wanted = wide.clone(), model.get_base_model()(wide[:, :96])
+    fuse(model)
+    torch.testing.assert_close(model.get_base_model()(wide[:, :96]), wanted)
+    assert torch.equal(wide, before)
 
 
 @pytest.mark.parametrize("changed", ["lora_A", "lora_B"])

@@ -198,8 +198,11 @@ def test_attention_refuses_what_it_cannot_do(asked: dict[str, Any]) -> None:
         attend(torch.nn.Module(), x, x, x, None, **documents, **asked)
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
-@pytest.mark.parametrize("kind", ["llama-biases", "qwen3", "granite"])  # whole layers; an MLP and linears by themselves
+# Whole layers; an MLP and linears by themselves.
+@pytest.mark.parametrize(
+    ("kind", "again"),
+    [("llama-biases", False), ("llama-biases", True), ("qwen3", False), ("qwen3", True), ("granite", False)],
+)
 def test_the_gradients_of_fused_layers_are_those_of_finite_differences(kind: str, again: bool) -> None:
     """In float64 and with dropout that is the same each time: its gradient is that of its forward."""
     model = lora_on(base_of(kind), dropout=0.5).double().train()
@@ -256,7 +259,7 @@ def test_dropout_keeps_the_share_that_it_should() -> None:
     dropped = drop(torch.ones(400, 500), 0.25, seed)
     assert sorted(dropped.unique().tolist()) == pytest.approx([0, 1 / 0.75])
     assert float((dropped > 0).float().mean()) == pytest.approx(0.75, abs=0.005)
-    assert not torch.equal(dropped, drop(torch.ones(400, 500), 0.25, draw_seed()))
+    assert len({drop(torch.ones(8, 9), 0.25, draw_seed()).numpy().tobytes() for _ in range(50)}) == 50
     x, y = torch.randn(400, 500), torch.randn(400, 500)
     torch.testing.assert_close(add_dropped(y.clone(), x, 0.25, seed), y + x * dropped)
 

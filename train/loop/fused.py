@@ -7,7 +7,7 @@ takes them away again, so that golden replies come from PEFT's own code.
 Whatever is not recognised keeps its own forward. Before a run, `train/loop/ways.py` compares the whole with the forward
 of transformers and PEFT on a few tokens.
 
-    >>> fuse(model)       # a PeftModel; returns how many modules were replaced
+    >>> fuse(model)       # a PeftModel
 """
 
 import contextlib
@@ -32,15 +32,12 @@ CODE = ("co_code", "co_consts", "co_names")
 MADE = "loraport_made"  # where a module keeps what its forward is computed with
 
 
-def fuse(model: Any) -> int:
-    """Replace the forwards of what is recognised in a PeftModel; returns how many were."""
-    replaced = 0
+def fuse(model: Any) -> None:
+    """Replace the forwards of what is recognised in a PeftModel. Layers then take packed sequences (attention.py)."""
     for module in model.modules():
         forward = recognise(module)
         if forward:
             module.forward = MethodType(forward, module)
-            replaced += 1
-    return replaced
 
 
 def is_fused(module: Any) -> bool:
@@ -49,10 +46,12 @@ def is_fused(module: Any) -> bool:
 
 
 def unfuse(model: Any) -> None:
-    """Give all modules their own forwards back."""
+    """Give all modules their own forwards back, and forget what ours were computed with: adapters may change now."""
     for module in model.modules():
         if is_fused(module):
             del module.forward
+        for name in (MADE, "again", "to_host"):
+            module.__dict__.pop(name, None)
 
 
 def forget(model: Any) -> None:
@@ -126,7 +125,7 @@ class LoraLinears(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, and of each A and B."""
         x_TI, thin_TR = ctx.saved_tensors
-        dy_TW = beside(dys, ctx.group)
+        dy_TW = beside(dys[0], ctx.group)
         dx_TI, grads = ctx.group.backward(dy_TW, x_TI, thin_TR, ctx.seed, ctx.needs_input_grad[0])
         return dx_TI, None, *grads
 

@@ -192,17 +192,23 @@ class Group:
         return roomy(length, self.outputs, self.rank, like)
 
     def forward(
-        self, x_TI: Tensor, seed: int | None, out_TO: Tensor | None = None, residual_TO: Tensor | None = None
+        self,
+        x_TI: Tensor,
+        seed: int | None,
+        out_TO: Tensor | None = None,
+        residual_TO: Tensor | None = None,
+        has_room: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Outputs of all members (T, out), `residual_TO` added, and dropout(x)·Aᵀ (T, R), None without adapters.
 
-        One product where rows of x have room for the latter behind them; else the adapter's part comes first, and the
-        weight's is added to it.
+        One product where x `has_room` for the latter behind its rows, as `roomy` makes it: only who made x knows that
+        nobody's numbers are there. Else the adapter's part comes first, and the weight's is added to it.
         """
         wide = self.wide(x_TI.dtype)
         if out_TO is None:
             out_TO = torch.empty(x_TI.shape[0], self.outputs, device=x_TI.device, dtype=x_TI.dtype)
-        x_TW, thin_TR = x_TI if not self.rank else with_room(x_TI, self.rank), None
+        x_TW = with_room(x_TI, self.rank) if has_room else None if self.rank else x_TI
+        thin_TR = None
         if self.a_RI is not None:
             room_TR = None if x_TW is None else x_TW[:, self.inputs :]
             thin_TR = torch.mm(self.dropped(x_TI, seed), self.a_RI.T, out=room_TR)
@@ -261,25 +267,19 @@ def product(left: Tensor | None, right: Tensor, out: Tensor, residual: Tensor | 
         torch.addmm(residual, left, right, out=out)
 
 
-def with_room(x_TI: Tensor, more: int) -> Tensor | None:
-    """x with what lies behind each of its rows (T, in + more), where it was made with just that room."""
+def with_room(x_TI: Tensor, more: int) -> Tensor:
+    """x with what lies behind each of its rows (T, in + more). It was made with that room, by `roomy`."""
     length, n = x_TI.shape
-    stride, storage = stride_of(n, more), x_TI.untyped_storage().nbytes()
-    if x_TI.stride() != (stride, 1) or x_TI.storage_offset() or storage != length * stride * x_TI.element_size():
-        return None
+    stride = stride_of(n, more)
+    assert x_TI.stride(0) == stride, f"rows of {n} numbers every {x_TI.stride(0)}, not {stride}"
     # `data`: autograd need not know of what is written behind the rows.
     return x_TI.data.as_strided((length, n + more), (stride, 1))
 
 
-def beside(dys: tuple[Tensor, ...], group: Group) -> Tensor:
-    """The gradients of a group's outputs side by side, with room behind them: (T, out + R)."""
-    if len(dys) == 1:
-        there = with_room(dys[0], group.rank)
-        if there is not None:
-            return there
-    dy_TW = group.room(len(dys[0]), dys[0])
-    for row, dy_TO in zip(group.rows, dys, strict=True):
-        dy_TW[:, row] = dy_TO
+def beside(dy_TO: Tensor, group: Group) -> Tensor:
+    """A copy of the gradient of a group's outputs, with room behind its rows: (T, out + R)."""
+    dy_TW = group.room(len(dy_TO), dy_TO)
+    dy_TW[:, : group.outputs] = dy_TO
     return dy_TW
 
 

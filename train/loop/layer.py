@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from loraport.train.loop.attention import Documents, packed_attention
-from loraport.train.loop.groups import Group, beside
+from loraport.train.loop.groups import Group, beside, with_room
 from loraport.train.loop.kernels.heads import Heads, join_heads, split_heads
 from loraport.train.loop.kernels.norm import rms_norm, rms_norm_backward
 from loraport.train.loop.mlp import Inside, Mlp, Seeds
+
+ROOM = "loraport_room"  # on a gradient: how much room there is behind its rows
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Attention:
         """x + attention(norm(x)), shape (T, H), and what the backward pass needs if it is to `keep` that."""
         n_TH = rms_norm(x_TH, self.norm.weight, self.norm.eps, self.entering.rank)
         qkv_TW = self.entering.room(len(x_TH), x_TH)
-        thin_in = self.entering.forward(n_TH, seeds[0], qkv_TW[:, : self.entering.outputs])[1]
+        thin_in = self.entering.forward(n_TH, seeds[0], qkv_TW[:, : self.entering.outputs], has_room=True)[1]
         thin_in = thin_in.clone() if keep and thin_in is not None else None  # it stands behind the rows of n
         del n_TH
         sources = split_heads(qkv_TW, self.heads, call.cos_TD, call.sin_TD)
@@ -138,7 +140,7 @@ class Layer:
     def enter_mlp(self, h_TH: Tensor, seed: int | None, keep: bool) -> tuple[Tensor, Tensor | None]:
         """Gate and up of norm(h), and x·A where it is kept."""
         n_TH = rms_norm(h_TH, self.norm.weight, self.norm.eps, self.mlp.wide.rank)
-        both_TW, thin_TR = self.mlp.enter(n_TH, seed)
+        both_TW, thin_TR = self.mlp.enter(n_TH, seed, has_room=True)
         return both_TW, thin_TR.clone() if keep and thin_TR is not None else None
 
 
@@ -176,7 +178,9 @@ class LoraLayer(torch.autograd.Function):
         kept, ctx.kept = ctx.kept or make_again(layer, call, seeds, x_TH), None
         h_TH, attended, inside = kept.h_TH, kept.attended, kept.inside
         del kept
-        dy_TW = beside((grads[0][0],), layer.mlp.down)
+        rank = layer.mlp.down.rank
+        is_ours = getattr(grads[0], ROOM, None) == rank  # the next layer's; of anything else only a copy is
+        dy_TW = with_room(grads[0][0], rank) if is_ours else beside(grads[0][0], layer.mlp.down)
         down = layer.mlp.backward(dy_TW, inside)
         dn_TH = layer.mlp.wide.input_gradient(inside.both_TW, seeds[1][0])
         dh_TH, n_TH = rms_norm_backward(
@@ -188,14 +192,18 @@ class LoraLayer(torch.autograd.Function):
             layer.attention.leaving.rank,
             again=bool(layer.mlp.wide.rank),
         )
-        del dn_TH, h_TH, dy_TW
+        del dn_TH, h_TH
         wide = layer.mlp.wide.weight_gradients(inside.both_TW, n_TH, inside.wide_thin, seeds[1][0])
         del inside, n_TH
-        # The layer before reads its gradient as this one does: with room for what its down makes of it.
-        tail = layer.mlp.down.rank if ctx.needs_input_grad[0] else None
-        dh_TW = beside((dh_TH,), layer.attention.leaving)
+        tail = rank if ctx.needs_input_grad[0] else None
+        dh_TW = with_room(dh_TH, layer.attention.leaving.rank)
         dx_TH, attention = layer.attention.backward(dh_TW, x_TH, attended, call, seeds[0], tail)
-        return None if dx_TH is None else dx_TH[None], None, None, *attention, *wide, *down
+        if dx_TH is None:
+            return None, None, None, *attention, *wide, *down
+        dx_1TH = dx_TH[None]
+        # The layer before reads its gradient as this one does: with room for what its down makes of it.
+        setattr(dx_1TH, ROOM, rank)
+        return dx_1TH, None, None, *attention, *wide, *down
 
 
 def make_again(layer: Layer, call: Call, seeds: tuple[Seeds, Seeds], x_TH: Tensor) -> Kept:

@@ -52,10 +52,10 @@ class Mlp:
         """For the dropouts of a call."""
         return self.wide.seed(), self.down.seed()
 
-    def enter(self, x_TH: Tensor, seed: int | None) -> tuple[Tensor, Tensor | None]:
-        """Gate and up, and x·A, which may stand behind the rows of x."""
+    def enter(self, x_TH: Tensor, seed: int | None, has_room: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Gate and up, and x·A, which stands behind the rows of x where it `has_room`."""
         both_TW = self.wide.room(len(x_TH), x_TH)
-        return both_TW, self.wide.forward(x_TH, seed, both_TW[:, : self.wide.outputs])[1]
+        return both_TW, self.wide.forward(x_TH, seed, both_TW[:, : self.wide.outputs], has_room=has_room)[1]
 
     def leave(
         self, both_TW: Tensor, seed: int | None, residual_TH: Tensor | None = None
@@ -64,7 +64,7 @@ class Mlp:
         inner = self.down.inputs
         h_TI = roomy(len(both_TW), inner, self.down.rank, both_TW)[:, :inner]
         swiglu(both_TW[:, :inner], both_TW[:, inner : 2 * inner], h_TI)
-        y_TH, thin_TR = self.down.forward(h_TI, seed, residual_TO=residual_TH)
+        y_TH, thin_TR = self.down.forward(h_TI, seed, residual_TO=residual_TH, has_room=True)
         return y_TH, None if thin_TR is None else thin_TR.clone()
 
     def backward(self, dy_TW: Tensor, kept: Inside) -> list[Tensor | None]:
@@ -103,7 +103,7 @@ class LoraSwiglu(torch.autograd.Function):
         """Gradients of x and of the six matrices."""
         x_TH, both_TW, wide_thin, down_thin = ctx.saved_tensors
         mlp, kept = ctx.mlp, Inside(both_TW, wide_thin, down_thin, ctx.seeds)
-        down_grads = mlp.backward(beside(grads, mlp.down), kept)
+        down_grads = mlp.backward(beside(grads[0], mlp.down), kept)
         dx_TH = mlp.wide.input_gradient(both_TW, ctx.seeds[0]) if ctx.needs_input_grad[0] else None
         wide_grads = mlp.wide.weight_gradients(both_TW, x_TH, wide_thin, ctx.seeds[0])
         return dx_TH, None, *wide_grads, *down_grads

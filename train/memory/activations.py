@@ -66,7 +66,7 @@ def group_rank(group: tuple[Linear, ...], load: Load) -> int:
 
 
 def wide_numbers(group: tuple[Linear, ...], load: Load) -> tuple[int, int]:
-    """Elements of a group's thin matrices (s·A and B), and of the wide matrix that holds them beside the weights."""
+    """Elements of a group's thin matrices (A and s·B), and of the wide matrix that holds them beside the weights."""
     rank, outputs, inputs = group_rank(group, load), sum(each.outputs for each in group), group[0].inputs
     return rank * (outputs + inputs), (outputs + rank) * stride_of(inputs, rank)
 
@@ -104,8 +104,9 @@ def moments(block: Block, shape: Shape, load: Load, again: bool, known: Coeffici
     )  # its input is there
     entering, leaving, attending = (largest_wide(part, load) for part in (*split(block.mlp), block.attention))
     found = [
-        (again_all + times * inner * b + stream, leaving),
-        (again_all + 2 * stream, entering),
+        # The gradient that comes in, which the last layer copies.
+        (again_all + times * inner * b + 2 * stream, leaving),
+        (again_all + 3 * stream, entering),
         (again_all + known.residual_temporaries * stream, 0),
         (
             again_attention

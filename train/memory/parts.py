@@ -169,7 +169,7 @@ class Counted:
         """The frozen base. In shares (train/loop/shards.py): a share of the layers' linears, the rest whole, and two
         layers gathered: the next one is on its way while one computes.
         """
-        width = self.load.types.width if self.load.types.is_quantised else held_width(self.load.types)
+        width = self.load.types.width
         rest = width * self.shape.other
         if shards == 1:
             return self.linears + rest
@@ -214,11 +214,6 @@ def shards_of(layout: Layout) -> int:
     return layout.gpus if layout.sharding == "fsdp" else 1
 
 
-def held_width(types: Types) -> int:
-    """Bytes of a weight that is not quantised; the arithmetic's where that is wider: it is cast as it is read."""
-    return max(types.width, Types(types.held, types.held).width)
-
-
 def linear_bytes(linear: Linear, load: Load) -> int:
     """The weight of one linear as it is held.
 
@@ -229,7 +224,7 @@ def linear_bytes(linear: Linear, load: Load) -> int:
     if load.types.held == "int8":
         return count + 4 * linear.outputs
     if load.types.held != "nf4":
-        return held_width(load.types) * count
+        return load.types.width * count
     scales = -(-count // 64)
     table = 4 * 16
     if not load.double_quant:

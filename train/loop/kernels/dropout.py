@@ -33,12 +33,13 @@ if HAVE_TRITON:
             tl.store(y_ptr + row * y_row + column, y, mask=inside)
 
 
+SPARE_BITS = 31  # of a seed
 PART = 512  # an eighth of the columns that a program takes
 
 
 def draw_seed() -> int:
     """A seed for one call, from torch's generator, whose state checkpoints keep. Rows are added to it."""
-    return int(torch.randint(2**31, ())) << 31
+    return int(torch.randint(2**31, ())) << SPARE_BITS
 
 
 def drop(x_TI: Tensor, p: float, seed: int) -> Tensor:
@@ -71,6 +72,7 @@ def launch(x_TI: Tensor, y_TI: Tensor, p: float, seed: int, add: bool) -> None:
 
 def mask(x_TI: Tensor, p: float, seed: int) -> Tensor:
     """0 or 1 / (1 - p) for each number."""
-    generator = torch.Generator(x_TI.device).manual_seed(seed)
+    # torch's generator on a CPU reads 32 bits of a seed; the lower ones are for Triton's rows.
+    generator = torch.Generator(x_TI.device).manual_seed(seed >> SPARE_BITS)
     kept_TI = torch.empty(x_TI.shape, device=x_TI.device, dtype=x_TI.dtype).bernoulli_(1 - p, generator=generator)
     return kept_TI.div_(1 - p)

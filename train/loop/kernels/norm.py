@@ -136,6 +136,7 @@ class RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Same shape as `x`."""
         x_MN = x.reshape(-1, x.shape[-1])
+        x_MN = x_MN if x_MN.stride(1) == 1 else x_MN.contiguous()
         ctx.save_for_backward(x_MN, weight)
         ctx.eps = eps
         return rms_norm(x_MN, weight, eps).view(x.shape)
