@@ -22,7 +22,6 @@ from typing import Literal
 
 from loraport.train.memory.activations import Moment, groups, layer_bytes, loss_bytes, moments, wide_numbers
 from loraport.train.memory.load import COEFFICIENTS, Coefficients, Load
-from loraport.train.memory.machine import Types
 from loraport.train.memory.shapes import Linear, Shape
 
 Sharding = Literal["none", "ddp", "fsdp"]
