@@ -49,6 +49,11 @@ GROUPS = {
                 "plan_train",
                 "Say what training will need: memory, time, cost, settings.",
             ),
+            "serve": (
+                "loraport.serve.plan.cli",
+                "plan_serve",
+                "Say what serving will need: weights, context, memory, flags.",
+            ),
         },
     ),
 }

@@ -27,6 +27,18 @@ def check_flags(port: int, share: float | None) -> None:
         raise UsageError(f"--gpu-memory-utilization {share} is not a share.", "use more than 0, at most 1: 0.9")
 
 
+def check_kinds(quantization: str, kv_cache_dtype: str) -> None:
+    """UsageError for ways to hold weights or the KV cache that do not exist."""
+    from loraport.serve.plan.settings import KV_DTYPES, QUANTIZATIONS
+
+    for flag, value, known in (
+        ("--quantization", quantization, QUANTIZATIONS),
+        ("--kv-cache-dtype", kv_cache_dtype, KV_DTYPES),
+    ):
+        if value not in known:
+            raise UsageError(f"{flag} {value} is not known.", f"use one of {', '.join(known)}")
+
+
 # Flags of vLLM that would move the engine away from where we look for it, or undo what was planned and checked.
 OURS = {
     "port": "use `loraport serve --port`",
@@ -82,6 +94,20 @@ def serve(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16: the type to compute in. [default: chosen]")
     ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Requests of full length that must fit at once. [default: 1]")
+    ] = None,
+    quantization: Annotated[
+        str, typer.Option(help="auto, none, fp8 or bnb: how to hold 16-bit weights on a GPU.")
+    ] = "auto",
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto or fp8: the type of the KV cache on a GPU.")] = "auto",
+    max_loras: Annotated[
+        int | None, typer.Option(min=1, help="LoRA slots: adapters in a batch. [default: one an adapter, at most 8]")
+    ] = None,
+    max_lora_rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank of the slots. [default: the adapters' largest]")
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs that share the model.")] = 1,
     engine_command: Annotated[
         str | None,
         typer.Option(help="How to start vLLM's OpenAI server, for a vLLM elsewhere. [default: this environment's]"),
@@ -89,16 +115,29 @@ def serve(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document when ready.")] = False,
 ) -> None:
     """Serve a base and its adapters on one OpenAI-compatible URL."""
-    from loraport.serve.plan.settings import BYTES, Wanted
+    from loraport.serve.plan.settings import Wanted
+    from loraport.serve.plan.shape import BYTES
     from loraport.serve.serve import Request
     from loraport.serve.serve import serve as run
 
     adapters, more = split_arguments(arguments or [])
     check_engine_flags(more)
     check_flags(port, gpu_memory_utilization)
+    check_kinds(quantization, kv_cache_dtype)
     if dtype is not None and dtype not in BYTES:
         raise UsageError(f"--dtype {dtype} is not known.", f"use one of {', '.join(BYTES)}")
-    wanted = Wanted(parse_context(context), gpu_memory_utilization, max_num_seqs, dtype)
+    wanted = Wanted(
+        context=parse_context(context),
+        share=gpu_memory_utilization,
+        requests=max_num_seqs,
+        dtype=dtype,
+        concurrency=concurrency,
+        quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
+        max_loras=max_loras,
+        max_lora_rank=max_lora_rank,
+        tensor_parallel=tensor_parallel,
+    )
     run(Request(adapters, model, host, port, wanted, engine_command, more, json), Home.default())
 
 

@@ -13,13 +13,13 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
 from loraport.clients.endpoint import EndpointRecord, process_identity
-from loraport.clients.errors import BaseModelError
+from loraport.clients.errors import EngineError, UsageError
 from loraport.clients.hardware import Device
 from loraport.clients.home import Home, require_disk, write_json
 from loraport.clients.terminal import console, print_json, say
@@ -27,9 +27,11 @@ from loraport.serve import checks, report
 from loraport.serve.engine import versions
 from loraport.serve.engine.leftovers import end_leftovers
 from loraport.serve.engine.process import DEFAULT_COMMAND, Engine, Launch
-from loraport.serve.engine.startup import explain_death, wait_ready
+from loraport.serve.engine.startup import explain_death, served_context, wait_ready
+from loraport.serve.plan.choose import plan, require_shape
 from loraport.serve.plan.hardware import read_device
-from loraport.serve.plan.settings import Plan, Wanted, plan, read_shape
+from loraport.serve.plan.on_cpu import BLOCK
+from loraport.serve.plan.settings import Plan, Wanted
 from loraport.serve.proof import prompts
 from loraport.serve.proof.together import check_together
 from loraport.serve.proof.verify import Verified, verify
@@ -82,7 +84,7 @@ def prepare(request: Request, home: Home) -> Launch:
     adapters = checks.open_adapters(home, request.adapters, version)
     checks.check_template_kwargs(adapters)
     base = checks.find_base(request.model, adapters)
-    device = read_device()
+    device = read_device(request.wanted.tensor_parallel)
     require_disk(home.cache, checks.GPU_CACHE_BYTES if device.kind == "cuda" else checks.CACHE_BYTES, "the engine")
     chosen = make_plan(request.wanted, base, adapters, device, versions.spare_slots(version, device.kind))
     chosen = replace(chosen, warnings=(*chosen.warnings, *warnings))
@@ -94,12 +96,7 @@ def prepare(request: Request, home: Home) -> Launch:
 
 def make_plan(wanted: Wanted, base: Base, adapters: list[Adapter], device: Device, spare_slots: int) -> Plan:
     """The plan; BaseModelError where config.json does not say what one needs."""
-    shape = read_shape(base.config, base.weight_bytes)
-    if shape is None:
-        raise BaseModelError(
-            f"{base.folder / 'config.json'} does not say how many layers and heads the model has.",
-            "serve a decoder model; is this a model's folder?",
-        )
+    shape = require_shape(base.config, base.weight_bytes, base.folder / "config.json")
     return plan(wanted, shape, [adapter.manifest for adapter in adapters], device, spare_slots)
 
 
@@ -133,7 +130,16 @@ def run(launch: Launch, request: Request, home: Home, began: float) -> None:
         say(f"  log         {engine.log_path}")
         url = report.base_url(launch)
         names = [adapter.manifest.name for adapter in launch.adapters]
-        timeline = wait_ready(engine, url, [*launch.base_names, *names])
+        try:
+            timeline = wait_ready(engine, url, [*launch.base_names, *names])
+        except EngineError:
+            shorter = with_context_that_fits(launch, list(engine.last))
+            if shorter is None:
+                raise
+            stop(engine)
+            launch, engine = shorter, Engine(shorter, home)
+            timeline = wait_ready(engine, url, [*launch.base_names, *names])
+        launch = with_context_found(launch, url)
         verified = verify_all(launch, url)
         timeline.see_end("verification", time.monotonic() - engine.started)
         record = EndpointRecord(
@@ -156,6 +162,32 @@ def run(launch: Launch, request: Request, home: Home, began: float) -> None:
             if record:
                 record.path(home).unlink(missing_ok=True)
             stop(engine)
+
+
+def with_context_that_fits(launch: Launch, lines: list[str]) -> Launch | None:
+    """The launch with the context that vLLM said would fit, in whole blocks, where it refused to start with ours.
+
+    None where it said nothing of it, or nothing shorter, or too little to replay the adapters' recorded replies.
+    """
+    named = versions.named_context(lines)
+    context = (named or 0) // BLOCK * BLOCK
+    if not 0 < context < launch.plan.context:
+        return None
+    with suppress(UsageError):
+        checks.check_golden_fit(list(launch.adapters), context)
+        say(
+            f"warning: vLLM has no room for a context of {launch.plan.context:,} tokens; it is started again with "
+            f"{context:,}, which it says will fit.",
+            "yellow",
+        )
+        return replace(launch, plan=replace(launch.plan, context=context, is_auto=False))
+    return None
+
+
+def with_context_found(launch: Launch, url: str) -> Launch:
+    """The launch with the context that vLLM has found by itself, where that was left to it."""
+    found = served_context(url) if launch.plan.is_auto else None
+    return replace(launch, plan=replace(launch.plan, context=found)) if found else launch
 
 
 def verify_all(launch: Launch, url: str) -> list[Verified]:

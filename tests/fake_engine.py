@@ -13,12 +13,21 @@ It answers golden prompts from the manifests of the adapters it is given. What i
     FAKE_CROWD_S=60          seconds that a request takes while another one is asked
     FAKE_IGNORE_SIGTERM=1    survive SIGTERM
     FAKE_GRANDCHILD=1        start a process of its own that outlives it, as a crashed vLLM does
+
+Asked anything else than a golden prompt (chat, streams, text), it answers `max_tokens` words and refuses prompts beyond
+its context in the words of FAKE_WORDING. A word is a token. GET /seen shows what reached it. For these replies:
+
+    FAKE_DIE_AT=5            die after that many words of a stream
+    FAKE_HANG_AT=5           say nothing more after that many words
+    FAKE_SILENT_S=5          seconds until the headers of a reply
+    FAKE_WORD_BYTES=9999     length of the words of a stream
 """
 
 import argparse
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -55,6 +64,8 @@ front end|(EngineCore pid=9) INFO 06-01 10:02:44 [core.py:210] init engine (prof
 front end|(APIServer pid=7) INFO 06-01 10:02:45 [api_server.py:1634] Starting vLLM API server 0 on http://0.0.0.0:8000""",
 }
 GARBAGE = 7
+REPLIES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
 def start_lines(wording: str) -> list[tuple[str, str]]:
@@ -81,6 +92,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--served-model-name", nargs="+", required=True)
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--uds")
     parser.add_argument("--max-model-len", type=int, required=True)
     parser.add_argument("--lora-modules", nargs="*", type=json.loads, default=[])
     parser.add_argument("--default-chat-template-kwargs", type=json.loads, default={})
@@ -104,6 +116,7 @@ class Models:
     def __init__(self, options: argparse.Namespace) -> None:
         self.names = [*options.served_model_name, *(module["name"] for module in options.lora_modules)]
         self.bases = options.served_model_name
+        self.limit = options.max_model_len
         self.template_kwargs = options.default_chat_template_kwargs
         self.manifests: dict[str, dict[str, Any]] = {}
         for module in options.lora_modules:
@@ -111,6 +124,11 @@ class Models:
         self.golden = {name: manifest["golden"] for name, manifest in self.manifests.items()}
         self.lock = threading.Lock()
         self.asked: list[str] = []  # models of the requests that are being answered
+
+    def is_golden(self, body: dict[str, Any]) -> bool:
+        """Whether a request is one of a verification: a recorded conversation, or a prompt of tokens, unstreamed."""
+        known = [golden["messages"] for entries in self.golden.values() for golden in entries]
+        return body.get("messages") in known if "messages" in body else isinstance(body.get("prompt"), list)
 
     def reply(self, model: str, prompt: list[int], most: int) -> dict[str, Any]:
         """A completion choice for a golden prompt, beside whatever else is asked at this moment."""
@@ -169,11 +187,48 @@ class Models:
         }
 
 
+class Seen:
+    """What reached the engine: (method, path, headers, body) of each request; streams that run and that were cut."""
+
+    def __init__(self) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.running = self.cut = 0
+
+
+def too_long(prompt: int, wanted: int, limit: int) -> str | None:
+    """What vLLM says to a request that does not fit, in the wording of FAKE_WORDING; None where it answers."""
+    if knob("WORDING", "0.32") == "0.25" and prompt + wanted > limit:
+        return (
+            f"This model's maximum context length is {limit} tokens. However, you requested {wanted} output tokens and "
+            f"your prompt contains at least {limit - wanted + 1} input tokens, for a total of at least {limit + 1} "
+            "tokens. Please reduce the length of the input prompt or the number of requested output tokens."
+        )
+    if prompt > limit:
+        return (
+            f"This model's maximum context length is {limit} tokens. However, your prompt contains at least "
+            f"{limit + 1} input tokens, which exceeds this limit even without any output tokens. "
+            "Please reduce the length of the input prompt."
+        )
+    return None
+
+
+def words(body: dict[str, Any]) -> int:
+    """Tokens of a prompt: its words, and 4 for each message."""
+    if isinstance(body.get("prompt"), list):
+        return len(body["prompt"])
+    turns = body.get("messages") or body.get("input") or body.get("prompt") or ""
+    if isinstance(turns, str):
+        return len(turns.split())
+    return sum(4 + len(str(turn["content"]).split()) for turn in turns)
+
+
 class Handler(BaseHTTPRequestHandler):
     """The routes that Loraport uses."""
 
     models: Models
+    seen = Seen()
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
         """/health and /v1/models."""
@@ -181,18 +236,33 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, {})
         elif self.path == "/v1/models":
             listed = [{"id": name, "object": "model"} for name in self.models.names if name != knob("HIDE")]
+            for card in listed:
+                is_base = card["id"] in self.models.bases
+                card |= {"max_model_len": self.models.limit} if is_base else {"parent": self.models.bases[0]}
             self.answer(200, {"object": "list", "data": listed})
+        elif self.path == "/seen":
+            self.answer(200, vars(self.seen))
+        elif self.path == "/metrics":
+            self.send(200, b"# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 0.0\n", "text/plain")
         else:
             self.answer(404, {"error": {"message": "Not Found", "code": 404}})
 
     def do_POST(self) -> None:
         """/v1/completions and /tokenize, and /die, which ends the engine as a crash does."""
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
+        raw = self.rfile.read(int(self.headers["Content-Length"])) or b"{}"
+        body = json.loads(raw)
+        self.seen.requests.append({"path": self.path, "headers": dict(self.headers), "body": raw.decode()})
         if self.path == "/die":
             log("(EngineCore pid=9) ERROR 11-21 23:30:00 [core.py:1] RuntimeError: the fake was told to die")
             os._exit(9)
         if body.get("model") not in self.models.names:
             self.answer(404, {"error": {"message": f"The model `{body.get('model')}` does not exist.", "code": 404}})
+        elif self.path == "/v1/embeddings":
+            self.answer(404, {"detail": "Not Found"})
+        elif self.path == "/tokenize" and not self.models.is_golden(body):
+            self.answer(200, {"count": words(body), "max_model_len": self.models.limit, "tokens": []})
+        elif self.path in REPLIES and not (self.path == "/v1/completions" and self.models.is_golden(body)):
+            self.write_words(body)
         elif self.path == "/tokenize":
             self.answer(200, {"tokens": self.models.tokenize(body["model"], body["messages"])})
         elif self.path != "/v1/completions":
@@ -201,17 +271,106 @@ class Handler(BaseHTTPRequestHandler):
             choice = self.models.reply(body["model"], body["prompt"], body["max_tokens"])
             self.answer(200, {"object": "text_completion", "model": body["model"], "choices": [choice]})
 
+    def write_words(self, body: dict[str, Any]) -> None:
+        """A reply of as many words as were asked for, whole or as a stream."""
+        limit, prompt = self.models.limit, words(body)
+        asked = next((body[name] for name in LIMITS if body.get(name)), None)
+        refusal = too_long(prompt, asked or 1, limit)
+        if refusal:
+            return self.answer(400, {"error": {"message": refusal, "type": "BadRequestError", "code": 400}})
+        time.sleep(float(knob("SILENT_S", "0")))
+        most = min(asked or 8, limit - prompt)
+        usage = {"prompt_tokens": prompt, "completion_tokens": most, "total_tokens": prompt + most}
+        if body.get("stream"):
+            return self.stream(body, most, usage)
+        time.sleep(float(knob("TOKEN_S", "0")) * most)
+        reply = {"role": "assistant", "content": "word " * most}
+        choice = {"index": 0, "message": reply, "text": reply["content"], "finish_reason": "length"}
+        document = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
+        return self.answer(200, document | {"usage": usage})
+
+    def stream(self, body: dict[str, Any], most: int, usage: dict[str, int]) -> None:
+        """A stream of chunks, with the usage at its end where that was asked for."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        head = {"id": "x", "object": "chat.completion.chunk", "created": 0, "model": body["model"]}
+        self.seen.running += 1
+        try:
+            for index in range(most):
+                if knob("DIE_AT") == str(index):
+                    os._exit(9)
+                time.sleep(600 if knob("HANG_AT") == str(index) else float(knob("TOKEN_S", "0")))
+                choice = {
+                    "index": 0,
+                    "delta": {"content": f"word{index} ".ljust(int(knob("WORD_BYTES", "0")))},
+                    "finish_reason": None,
+                }
+                self.chunk(json.dumps(head | {"choices": [choice]}))
+            if (body.get("stream_options") or {}).get("include_usage"):
+                self.chunk(json.dumps(head | {"choices": [], "usage": usage}))
+            self.chunk("[DONE]")
+            self.wfile.write(b"0\r\n\r\n")
+        except OSError:
+            self.seen.cut += 1
+            self.close_connection = True
+        finally:
+            self.seen.running -= 1
+
+    def chunk(self, text: str) -> None:
+        """One event of a stream."""
+        data = f"data: {text}\n\n".encode()
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
     def answer(self, status: int, document: dict[str, Any]) -> None:
         """Send a JSON document."""
-        data = json.dumps(document).encode()
+        self.send(status, json.dumps(document).encode(), "application/json")
+
+    def send(self, status: int, data: bytes, kind: str) -> None:
+        """Send a body."""
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: the access log is off."""
+
+
+class Server(ThreadingHTTPServer):
+    """On a port, with room for hundreds of clients at the same moment."""
+
+    request_queue_size = 1024
+    daemon_threads = True
+
+
+class SocketServer(Server):
+    """On a Unix socket."""
+
+    address_family = socket.AF_UNIX
+
+    def server_bind(self) -> None:
+        """Bind; there is no host name to look up."""
+        self.socket.bind(self.server_address)
+        self.server_name, self.server_port = "engine", 0
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """A connection; its clients have no address."""
+        connection, _ = self.socket.accept()
+        return connection, ("engine", 0)
+
+
+class SocketHandler(Handler):
+    """The same on a Unix socket, which has no Nagle's algorithm to switch off."""
+
+    disable_nagle_algorithm = False
+
+
+def make_server(options: argparse.Namespace) -> Server:
+    """A server on the Unix socket where one is given, else on the port."""
+    return SocketServer(options.uds, SocketHandler) if options.uds else Server((options.host, options.port), Handler)
 
 
 def main() -> None:
@@ -226,7 +385,7 @@ def main() -> None:
         subprocess.Popen([sys.executable, "-c", sleeper])
     run_phases()
     Handler.models = Models(options)
-    ThreadingHTTPServer((options.host, options.port), Handler).serve_forever()
+    make_server(options).serve_forever()
 
 
 if __name__ == "__main__":

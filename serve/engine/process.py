@@ -25,6 +25,7 @@ from loraport.clients.home import Home
 from loraport.serve.engine import versions
 from loraport.serve.engine.leftovers import MARKER, EngineTrace, marker, session_of
 from loraport.serve.engine.leftovers import end as end_processes
+from loraport.serve.plan.flags import vllm_args
 from loraport.serve.plan.settings import Plan
 from loraport.train.adapters import Adapter
 from loraport.train.base_model import Base
@@ -60,7 +61,7 @@ def arguments(launch: Launch) -> list[str]:
     flags = [
         *("--model", str(launch.base.folder), "--served-model-name", *launch.base_names),
         *("--host", launch.host, "--port", str(launch.port)),
-        *("--max-model-len", str(plan.context), "--max-num-seqs", str(plan.requests), "--dtype", plan.dtype),
+        *vllm_args(plan),
         "--disable-uvicorn-access-log",
         *lora_arguments(launch),
         *device_arguments(launch)[0],
@@ -83,19 +84,17 @@ def lora_arguments(launch: Launch) -> list[str]:
         )
         for adapter in launch.adapters
     ]
-    slots = ["--max-loras", str(launch.plan.slots), "--max-lora-rank", str(launch.plan.rank)]
-    if len(launch.adapters) > launch.plan.slots:
-        slots += ["--max-cpu-loras", str(len(launch.adapters))]
+    slots = ["--max-cpu-loras", str(len(launch.adapters))] if len(launch.adapters) > launch.plan.slots else []
     kwargs = launch.adapters[0].manifest.chat_template_kwargs  # the same for all: checks.check_template_kwargs
     template = ["--default-chat-template-kwargs", json.dumps(kwargs)] if kwargs else []
-    return ["--enable-lora", *slots, *template, "--lora-modules", *modules]
+    return [*slots, *template, "--lora-modules", *modules]
 
 
 def device_arguments(launch: Launch) -> tuple[list[str], dict[str, str]]:
     """(flags, environment) for memory and processes."""
     plan = launch.plan
     if plan.kv_bytes is None:
-        return ["--gpu-memory-utilization", f"{plan.share:.2f}"], {}
+        return [], {}
     memory, memory_environment = versions.cpu_memory_arguments(launch.version, plan.kv_bytes)
     if any(
         flag.startswith(("--tensor-parallel", "-tp", "--distributed-executor", "--pipeline")) for flag in launch.more

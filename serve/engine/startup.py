@@ -6,6 +6,7 @@ phase it is in (versions.py); a terminal shows one live line, anything else gets
 second.
 """
 
+import contextlib
 import queue
 import re
 import time
@@ -139,6 +140,15 @@ def list_models(client: httpx.Client, base_url: str) -> tuple[set[str], str]:
     except (httpx.HTTPError, ValueError, KeyError, TypeError):
         return set(), answer
     return listed, ", ".join(sorted(listed)) or "no model"
+
+
+def served_context(base_url: str) -> int | None:
+    """The context length that the engine lists with its base; None where it lists none."""
+    with contextlib.suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
+        listed = httpx.get(f"{base_url}/models", timeout=LISTING_S, trust_env=False).json()["data"]
+        lengths = [entry["max_model_len"] for entry in listed if entry.get("max_model_len")]
+        return int(lengths[0]) if lengths else None
+    return None
 
 
 def never_ready(engine: Engine, base_url: str, models: list[str], answer: str) -> EngineError:

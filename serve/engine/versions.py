@@ -201,6 +201,12 @@ FAILURES: tuple[Failure, ...] = (
 )
 
 
+def named_context(lines: list[str]) -> int | None:
+    """The longest context that fits by vLLM's own word, in a refusal to start; None where it said nothing of it."""
+    found = re.search(r"estimated maximum model length is (\d+)", "\n".join(lines))
+    return int(found[1]) if found else None
+
+
 def explain(lines: list[str]) -> Failure | None:
     """The known failure that these log lines show, its words filled in; the first of FAILURES that matches wins."""
     text = "\n".join(lines)

@@ -1,0 +1,157 @@
+"""The gateway as an ASGI application: an allow-list of routes between clients and one engine.
+
+    POST  /v1/chat/completions /v1/completions /v1/responses /v1/messages /v1/messages/count_tokens
+          /v1/embeddings /tokenize /detokenize              to the engine          forward.py
+    GET   /v1/models /v1/models/{id} /health /metrics       answered here          below
+    GET   /admin/engine /admin/keys /admin/usage            admin keys             admin.py
+    all else                                                404, never forwarded
+
+Every request goes through the door (calls.py): id, bounds, errors in one shape, a line in the log. The engine is known
+by what its keeper says (state.py); nothing here starts, checks or loads anything.
+
+    >>> engine = EngineState()
+    >>> app = create_app(engine, GatewaySettings("127.0.0.1", 8000))
+    >>> with run_in_thread(app, "127.0.0.1", 8000):                     # open at once, answers 503 …
+    ...     engine.ready([Model("base")], base_url="http://127.0.0.1:8001")  # … until the engine is ready
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from loraport.serve.gateway import access, admin, models
+from loraport.serve.gateway.calls import MARK, Call, Door
+from loraport.serve.gateway.forward import Forward, Gateway, limited
+from loraport.serve.gateway.keys import Key, Ring
+from loraport.serve.gateway.limits import Limits
+from loraport.serve.gateway.metrics import CONTENT_TYPE, Metrics
+from loraport.serve.gateway.refusals import Refusal, no_route, not_ready
+from loraport.serve.gateway.settings import GatewaySettings
+from loraport.serve.gateway.state import EngineState, Phase, Snapshot
+from loraport.serve.gateway.upstream import Upstream
+from loraport.serve.gateway.usage import Usage
+
+FORWARDED = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/embeddings",
+    "/tokenize",
+    "/detokenize",
+)
+PROBE_S = 5.0
+
+
+def create_app(engine: EngineState, settings: GatewaySettings) -> FastAPI:
+    """The application; ConfigError where the file of keys is damaged. `app.state.gateway` holds its parts."""
+    ring, usage = Ring(settings.keys_path), Usage(settings.usage_path)
+    gateway = Gateway(engine, settings, ring, Limits(), usage, Metrics(engine), Upstream(engine, settings))
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan(gateway), redirect_slashes=False)
+    app.state.gateway = gateway
+    own = Own(gateway)
+    app.router.routes[:] = [
+        *(Route(path, Forward(gateway, path), methods=["POST"]) for path in FORWARDED),
+        Route("/v1/models", own.list_models, methods=["GET"]),
+        Route("/v1/models/{id:path}", own.show_model, methods=["GET"]),
+        Route("/health", own.health, methods=["GET"]),
+        Route("/metrics", own.metrics, methods=["GET"]),
+    ]
+    app.include_router(admin.routes(gateway))
+    app.router.routes.append(Route("/{path:path}", Nothing()))
+    app.add_middleware(Door, header_bytes=settings.header_bytes, done=gateway.done)
+    return app
+
+
+def lifespan(gateway: Gateway) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """Write usage down now and then, and at the end; close the connections to the engine."""
+
+    @contextlib.asynccontextmanager
+    async def live(_: FastAPI) -> AsyncIterator[None]:
+        sweeper = asyncio.create_task(sweep(gateway))
+        try:
+            yield
+        finally:
+            sweeper.cancel()
+            gateway.usage.flush()
+            await gateway.upstream.close()
+
+    return live
+
+
+async def sweep(gateway: Gateway) -> None:
+    """Every few seconds: drop stalled clients, write usage down."""
+    while True:
+        await asyncio.sleep(gateway.settings.flush_s)
+        gateway.drop_stalled()
+        await gateway.usage.flush_aside()
+
+
+class Nothing:
+    """The end of the allow-list."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """404, whatever the method."""
+        raise no_route(scope["method"], scope["path"])
+
+
+class Own:
+    """What the gateway answers itself."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+
+    def enter(self, request: Request, route: str) -> Key:
+        """The key of a request for a list; Refusal where it has none."""
+        call: Call = request.scope[MARK]
+        call.route = route
+        key = access.authenticate(request.scope, self.gateway.ring, self.gateway.settings)
+        call.key = key.name
+        return key
+
+    async def list_models(self, request: Request) -> Response:
+        """GET /v1/models: those of the key."""
+        with limited(self.gateway, key := self.enter(request, "/v1/models")):
+            return JSONResponse(models.listing(self.ready(), key))
+
+    async def show_model(self, request: Request) -> Response:
+        """GET /v1/models/{id}."""
+        with limited(self.gateway, key := self.enter(request, "/v1/models/{id}")):
+            return JSONResponse(models.card(models.resolve(self.ready(), key, request.path_params["id"])))
+
+    def ready(self) -> Snapshot:
+        """The engine; Refusal 503 while it is not ready."""
+        snapshot = self.gateway.engine.snapshot
+        if snapshot.phase is not Phase.READY:
+            raise not_ready(snapshot)
+        return snapshot
+
+    async def health(self, request: Request) -> Response:
+        """GET /health: 200 when the engine says so itself; without a key, for load balancers."""
+        request.scope[MARK].route = "/health"
+        self.ready()
+        async with self.gateway.upstream.ask("GET", "/health", None, {}, PROBE_S) as response:
+            status = response.status
+        if status != 200:
+            raise Refusal(503, "engine_unhealthy", f"The engine says of itself: {status}.", phase="ready")
+        return JSONResponse({"status": "ok", "phase": "ready"})
+
+    async def metrics(self, request: Request) -> Response:
+        """GET /metrics: the gateway's figures, then the engine's where it is up."""
+        request.scope[MARK].route = "/metrics"
+        access.may_see_metrics(request.scope, self.gateway.ring, self.gateway.settings)
+        engines = b""
+        if self.gateway.engine.snapshot.phase is Phase.READY:
+            with contextlib.suppress(Refusal):
+                headers = {"accept": "text/plain"}
+                async with self.gateway.upstream.ask("GET", "/metrics", None, headers, PROBE_S) as response:
+                    engines = await response.read() if response.status == 200 else b""
+        return Response(self.gateway.metrics.page(engines), media_type=None, headers={"content-type": CONTENT_TYPE})

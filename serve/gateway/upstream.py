@@ -1,0 +1,145 @@
+"""The way to the engine: one pool of connections, raw bytes both ways, every end of it turned into words.
+
+aiohttp carries it: beside httpx on the fake engine it took 19 µs of CPU a chunk against 61, and 1.1 ms to the first
+byte against 2.7 (two cores). Nothing queues here (no limit on connections): the engine schedules. Idle connections are
+dropped before vLLM drops them (5 s), so that no request meets one that is just being closed.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import aiohttp
+from starlette.types import Send
+
+from loraport.serve.gateway.calls import Call
+from loraport.serve.gateway.refusals import broken, not_ready, too_slow
+from loraport.serve.gateway.settings import GatewaySettings
+from loraport.serve.gateway.state import EngineState, Target
+from loraport.serve.gateway.usage import TAIL_BYTES, read_usage
+
+KEEP_S = 2.0
+READ_BYTES = 256 << 10
+WHOLE_BYTES = 8 << 20  # a reply up to here is sent when it is complete, so that a crash costs no half of it
+TO_ENGINE = ("accept", "anthropic-version", "anthropic-beta", "traceparent", "tracestate")
+TO_CLIENT = ("content-type", "content-length", "content-encoding", "cache-control", "retry-after")
+
+
+class Upstream:
+    """Sessions by Unix socket; all TCP targets share one. Made and closed inside the event loop."""
+
+    def __init__(self, engine: EngineState, settings: GatewaySettings) -> None:
+        self.engine, self.settings = engine, settings
+        self.sessions: dict[str | None, aiohttp.ClientSession] = {}
+
+    def session(self, target: Target) -> aiohttp.ClientSession:
+        """The session to a target."""
+        if target.uds not in self.sessions:
+            connector: aiohttp.BaseConnector
+            if target.uds:
+                connector = aiohttp.UnixConnector(target.uds, limit=0, keepalive_timeout=KEEP_S)
+            else:
+                connector = aiohttp.TCPConnector(limit=0, limit_per_host=0, keepalive_timeout=KEEP_S)
+            self.sessions[target.uds] = aiohttp.ClientSession(
+                connector=connector,
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                read_bufsize=READ_BYTES,
+                skip_auto_headers=("User-Agent", "Accept-Encoding"),
+                trust_env=False,
+            )
+        return self.sessions[target.uds]
+
+    async def close(self) -> None:
+        """End all connections."""
+        for session in self.sessions.values():
+            await session.close()
+
+    @asynccontextmanager
+    async def ask(
+        self, method: str, path: str, body: bytes | None, headers: dict[str, str], read_s: float
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The engine's answer, its body not yet read. Refusal 503 or 504 where there is none, or where it breaks."""
+        target = self.engine.snapshot.target
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self.settings.connect_s, sock_read=read_s)
+        try:
+            async with self.session(target).request(
+                method, target.base_url + path, data=body, headers=headers, timeout=timeout, allow_redirects=False
+            ) as response:
+                yield response
+        except (aiohttp.ConnectionTimeoutError, aiohttp.ClientConnectorError) as error:
+            raise not_ready(self.engine.snapshot) from error
+        except TimeoutError as error:
+            raise too_slow(read_s) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise broken(self.engine.snapshot) from error
+
+    async def ask_json(self, path: str, document: dict[str, Any], wait_s: float) -> dict[str, Any] | None:
+        """A small answer as JSON; None for any other end of it."""
+        with suppress(Exception):
+            headers = {"content-type": "application/json"}
+            async with asyncio.timeout(wait_s):
+                session = self.session(self.engine.snapshot.target)
+                url = self.engine.snapshot.target.base_url + path
+                async with session.post(url, json=document, headers=headers) as response:
+                    found = await response.json() if response.status == 200 else None
+                    return found if isinstance(found, dict) else None
+        return None
+
+
+def headers_to_engine(given: list[tuple[bytes, bytes]], call: Call) -> dict[str, str]:
+    """What of the client's headers the engine needs: no key, no cookie. The id is made unique, as vLLM wants it."""
+    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in given}
+    kept = {name: headers[name] for name in TO_ENGINE if name in headers}
+    return {**kept, "content-type": "application/json", "x-request-id": f"{call.id}-{secrets.token_hex(4)}"}
+
+
+def headers_to_client(response: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:
+    """What of the engine's headers the client needs."""
+    pairs = [
+        (name.encode(), response.headers[name].encode("latin-1")) for name in TO_CLIENT if name in response.headers
+    ]
+    return [*pairs, (b"x-accel-buffering", b"no")] if is_events(response) else pairs
+
+
+def is_events(response: aiohttp.ClientResponse) -> bool:
+    """Whether a reply is a stream of server-sent events."""
+    return response.content_type == "text/event-stream"
+
+
+async def send_whole(response: aiohttp.ClientResponse, raw: bytes, send: Send) -> None:
+    """Send a reply that has been read."""
+    headers = [pair for pair in headers_to_client(response) if pair[0] != b"content-length"]
+    headers.append((b"content-length", str(len(raw)).encode()))
+    await send({"type": "http.response.start", "status": response.status, "headers": headers})
+    await send({"type": "http.response.body", "body": raw})
+
+
+async def pass_on(response: aiohttp.ClientResponse, call: Call, send: Send) -> None:
+    """Send a reply to the client as it comes: headers with its first bytes, then each piece as it is received.
+
+    A client that reads no further holds `send` up; `call.sending_since` lets others see that.
+    """
+    start = {"type": "http.response.start", "status": response.status, "headers": headers_to_client(response)}
+    length = response.content_length
+    if not is_events(response) and length is not None and length <= WHOLE_BYTES:
+        whole = await response.read()
+        call.tokens = read_usage(whole[-TAIL_BYTES:])
+        await send_whole(response, whole, send)
+        return
+    tail, started, call.is_events = b"", False, is_events(response)
+    async for piece in response.content.iter_any():
+        if not started:
+            await send(start)
+            started = True
+        call.sending_since = time.monotonic()
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+        call.sending_since = None
+        tail = (tail + piece)[-TAIL_BYTES:]
+    if not started:
+        await send(start)
+    call.tokens = read_usage(tail)
+    await send({"type": "http.response.body", "body": b""})

@@ -1,0 +1,50 @@
+"""The plan of an engine: weights, context, memory, concurrent requests and LoRA slots, each with its reason.
+
+A pure function of what the model needs (shape.py), what the adapters need (from their manifests) and what is free.
+`loraport serve` starts what it says, `loraport plan serve` prints it. No engine is asked: vLLM answers the same
+questions only after it has loaded the weights.
+
+    >>> plan(Wanted(), shape, adapters, read_device()).context
+    40960
+"""
+
+from typing import Any
+
+from loraport.clients.errors import BaseModelError, UsageError
+from loraport.clients.hardware import Device
+from loraport.serve.plan.on_cpu import plan_cpu
+from loraport.serve.plan.on_gpu import plan_gpu
+from loraport.serve.plan.settings import Plan, Wanted
+from loraport.serve.plan.shape import Shape, read_shape
+from loraport.train.manifest import Manifest
+
+
+def require_shape(config: dict[str, Any], file_bytes: int, where: object) -> Shape:
+    """The shape of a base; BaseModelError where the config.json in `where` does not say what a plan needs."""
+    shape = read_shape(config, file_bytes)
+    if shape is None:
+        raise BaseModelError(
+            f"{where} does not say how many layers and heads the model has.",
+            "serve a decoder model; is this a model's folder?",
+        )
+    return shape
+
+
+def plan(wanted: Wanted, shape: Shape, adapters: list[Manifest], device: Device, spare_slots: int = 0) -> Plan:
+    """All settings for `shape` and `adapters` on `device`, or a refusal: UsageError, ResourceError.
+
+    `spare_slots`: LoRA slots that must stay empty (versions.spare_slots).
+    """
+    if wanted.context and shape.longest and wanted.context > shape.longest:
+        raise UsageError(
+            f"--context {wanted.context} is more than the {shape.longest:,} tokens that the model was made for.",
+            f"use --context {shape.longest} or less",
+        )
+    if shape.stored and wanted.quantization in ("fp8", "bnb"):
+        raise UsageError(
+            f"--quantization {wanted.quantization}: the model is stored in {shape.stored.method} already.",
+            "leave it away, or serve the model that it was made from",
+        )
+    if device.kind == "cuda":
+        return plan_gpu(wanted, shape, adapters, device)
+    return plan_cpu(wanted, shape, adapters, device, spare_slots)

@@ -1,0 +1,125 @@
+"""`loraport plan serve`: what an engine will need and be told, from config.json alone."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loraport.clients.errors import ResourceError, UsageError
+from loraport.clients.hardware import Device
+from loraport.clients.home import Home
+from loraport.clients.terminal import print_json
+from loraport.serve.checks import open_adapters
+from loraport.serve.cli import check_flags, check_kinds, parse_context
+from loraport.serve.engine.versions import cpu_memory_arguments, engine_version, spare_slots
+from loraport.serve.plan.choose import plan, require_shape
+from loraport.serve.plan.gpus import named_device
+from loraport.serve.plan.hardware import read_device
+from loraport.serve.plan.on_gpu import DoesNotFit
+from loraport.serve.plan.report import Report, as_json, say_report
+from loraport.serve.plan.settings import Wanted
+from loraport.serve.plan.shape import BYTES
+from loraport.train.adapters import Adapter
+from loraport.train.base_model import Base, fetch_config, local_folder
+
+
+def plan_serve(
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ADAPTER]...", help="Adapters to plan for: name, name@version or folder."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Base: a folder or hub id; of it config.json is enough. [default: the adapter's]")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=0.1, help="Memory of each GPU in GiB, as it is sold. Default: the GPU here.")
+    ] = None,
+    gpu_name: Annotated[
+        str | None, typer.Option(help="GPU to plan for, such as H200, A100, 4090 or T4. Default: the one here.")
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs that share the model.")] = 1,
+    replicas: Annotated[int, typer.Option(min=1, help="Copies of the engine, each on GPUs of its own.")] = 1,
+    context: Annotated[
+        str | None, typer.Option(help="Context length in tokens, such as 16384 or 16k. [default: chosen]")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Requests of full length that must fit at once. [default: 1]")
+    ] = None,
+    max_loras: Annotated[
+        int | None, typer.Option(min=1, help="LoRA slots: adapters in a batch. [default: one an adapter, at most 8]")
+    ] = None,
+    max_lora_rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank of the slots. [default: the adapters' largest]")
+    ] = None,
+    quantization: Annotated[
+        str, typer.Option(help="auto, none, fp8 or bnb: how to hold 16-bit weights on a GPU.")
+    ] = "auto",
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto or fp8: the type of the KV cache on a GPU.")] = "auto",
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(help="Share of the GPU's memory, or of free RAM on a CPU. [default: chosen]")
+    ] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Requests at once. [default: chosen]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16: the type to compute in. [default: chosen]")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON document.")] = False,
+) -> None:
+    """Say what serving will need: weights, context, memory, flags."""
+    check_flags(8000, gpu_memory_utilization)
+    check_kinds(quantization, kv_cache_dtype)
+    if dtype is not None and dtype not in BYTES:
+        raise UsageError(f"--dtype {dtype} is not known.", f"use one of {', '.join(BYTES)}")
+    version = engine_version([], is_ours=True)
+    opened = open_adapters(Home.default(), adapters or [], version)
+    name, config, file_bytes = find_config(model, revision, opened)
+    shape = require_shape(config, file_bytes, f"the config.json of {name}")
+    device = find_device(gpu_memory, gpu_name, tensor_parallel * replicas)
+    wanted = Wanted(
+        context=parse_context(context),
+        share=gpu_memory_utilization,
+        requests=max_num_seqs,
+        dtype=dtype,
+        concurrency=-(-concurrency // replicas) if concurrency else None,
+        quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
+        max_loras=max_loras,
+        max_lora_rank=max_lora_rank,
+        tensor_parallel=tensor_parallel,
+    )
+    try:
+        manifests = [adapter.manifest for adapter in opened]
+        made = plan(wanted, shape, manifests, device, spare_slots(version, device.kind))
+        more = cpu_memory_arguments(version, made.kv_bytes)[0] if made.kv_bytes else []
+        tell(Report(name, shape, device, made, concurrency, tensor_parallel, replicas, tuple(more)), json)
+    except ResourceError as error:
+        refused = error if isinstance(error, DoesNotFit) else DoesNotFit(error.message, error.hint, (), ())
+        tell(Report(name, shape, device, refused, concurrency, tensor_parallel, replicas), json)
+        raise
+
+
+def tell(report: Report, json: bool) -> None:
+    """The report, in the form that was asked for."""
+    if json:
+        print_json(as_json(report))
+    else:
+        say_report(report)
+
+
+def find_device(gpu_memory: float | None, gpu_name: str | None, gpus: int) -> Device:
+    """The GPU that is asked about, else the one here, of which there must be so many; else the CPU."""
+    return named_device(gpu_memory, gpu_name) if gpu_memory or gpu_name else read_device(gpus)
+
+
+def find_config(model: str | None, revision: str | None, adapters: list[Adapter]) -> tuple[str, dict[str, Any], int]:
+    """(name, config.json, bytes of its weight files) of the base; 0 bytes where not all of the files are here."""
+    if model is None:
+        if not adapters:
+            raise UsageError("there is nothing to plan for.", "name a base with --model, or an adapter")
+        recorded = adapters[0].manifest.base
+        model, revision = (recorded.path, None) if Path(recorded.path).is_dir() else (recorded.model, recorded.revision)
+    config = fetch_config(model, revision)
+    folder = local_folder(model)
+    files = Base(model, folder).weight_files if folder else []
+    here = bool(files) and all(path.is_file() for path in files)
+    return model, config, sum(path.stat().st_size for path in files) if here else 0
