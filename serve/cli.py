@@ -1,42 +1,30 @@
 """`loraport serve`: its flags."""
 
-import re
 from typing import Annotated
 
 import typer
 
 from loraport.clients.errors import UsageError
 from loraport.clients.home import Home
+from loraport.serve.plan.wish import (
+    Concurrency,
+    Context,
+    Dtype,
+    KvCacheDtype,
+    MaxLoraRank,
+    MaxLoras,
+    Quantization,
+    Requests,
+    Share,
+    TensorParallel,
+    wish,
+)
 
 
-def parse_context(text: str | None) -> int | None:
-    """40960 of `40960` or `40k`; UsageError otherwise."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"([1-9][0-9]*)([kK]?)", text.strip())
-    if not found:
-        raise UsageError(f"--context {text} is not a number of tokens.", "for example --context 16384 or --context 16k")
-    return int(found[1]) * (1024 if found[2] else 1)
-
-
-def check_flags(port: int, share: float | None) -> None:
-    """UsageError for numbers that cannot be."""
+def check_port(port: int) -> None:
+    """UsageError for a number that is no port."""
     if not 1 <= port <= 65535:
         raise UsageError(f"--port {port} is not a port.", "use 1024 to 65535")
-    if share is not None and not 0 < share <= 1:
-        raise UsageError(f"--gpu-memory-utilization {share} is not a share.", "use more than 0, at most 1: 0.9")
-
-
-def check_kinds(quantization: str, kv_cache_dtype: str) -> None:
-    """UsageError for ways to hold weights or the KV cache that do not exist."""
-    from loraport.serve.plan.settings import KV_DTYPES, QUANTIZATIONS
-
-    for flag, value, known in (
-        ("--quantization", quantization, QUANTIZATIONS),
-        ("--kv-cache-dtype", kv_cache_dtype, KV_DTYPES),
-    ):
-        if value not in known:
-            raise UsageError(f"{flag} {value} is not known.", f"use one of {', '.join(known)}")
 
 
 # Flags of vLLM that would move the engine away from where we look for it, or undo what was planned and checked.
@@ -84,30 +72,16 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
-    context: Annotated[
-        str | None, typer.Option(help="Context length in tokens, such as 16384 or 16k. [default: chosen]")
-    ] = None,
-    gpu_memory_utilization: Annotated[
-        float | None, typer.Option(help="Share of the GPU's memory, or of free RAM on a CPU. [default: chosen]")
-    ] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Requests at once. [default: chosen]")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16: the type to compute in. [default: chosen]")
-    ] = None,
-    concurrency: Annotated[
-        int | None, typer.Option(min=1, help="Requests of full length that must fit at once. [default: 1]")
-    ] = None,
-    quantization: Annotated[
-        str, typer.Option(help="auto, none, fp8 or bnb: how to hold 16-bit weights on a GPU.")
-    ] = "auto",
-    kv_cache_dtype: Annotated[str, typer.Option(help="auto or fp8: the type of the KV cache on a GPU.")] = "auto",
-    max_loras: Annotated[
-        int | None, typer.Option(min=1, help="LoRA slots: adapters in a batch. [default: one an adapter, at most 8]")
-    ] = None,
-    max_lora_rank: Annotated[
-        int | None, typer.Option(min=1, help="Rank of the slots. [default: the adapters' largest]")
-    ] = None,
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs that share the model.")] = 1,
+    context: Context = None,
+    gpu_memory_utilization: Share = None,
+    max_num_seqs: Requests = None,
+    dtype: Dtype = None,
+    concurrency: Concurrency = None,
+    quantization: Quantization = "auto",
+    kv_cache_dtype: KvCacheDtype = "auto",
+    max_loras: MaxLoras = None,
+    max_lora_rank: MaxLoraRank = None,
+    tensor_parallel: TensorParallel = 1,
     engine_command: Annotated[
         str | None,
         typer.Option(help="How to start vLLM's OpenAI server, for a vLLM elsewhere. [default: this environment's]"),
@@ -115,28 +89,23 @@ def serve(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document when ready.")] = False,
 ) -> None:
     """Serve a base and its adapters on one OpenAI-compatible URL."""
-    from loraport.serve.plan.settings import Wanted
-    from loraport.serve.plan.shape import BYTES
     from loraport.serve.serve import Request
     from loraport.serve.serve import serve as run
 
     adapters, more = split_arguments(arguments or [])
     check_engine_flags(more)
-    check_flags(port, gpu_memory_utilization)
-    check_kinds(quantization, kv_cache_dtype)
-    if dtype is not None and dtype not in BYTES:
-        raise UsageError(f"--dtype {dtype} is not known.", f"use one of {', '.join(BYTES)}")
-    wanted = Wanted(
-        context=parse_context(context),
-        share=gpu_memory_utilization,
-        requests=max_num_seqs,
-        dtype=dtype,
-        concurrency=concurrency,
-        quantization=quantization,
-        kv_cache_dtype=kv_cache_dtype,
-        max_loras=max_loras,
-        max_lora_rank=max_lora_rank,
-        tensor_parallel=tensor_parallel,
+    check_port(port)
+    wanted = wish(
+        context,
+        gpu_memory_utilization,
+        max_num_seqs,
+        dtype,
+        concurrency,
+        quantization,
+        kv_cache_dtype,
+        max_loras,
+        max_lora_rank,
+        tensor_parallel,
     )
     run(Request(adapters, model, host, port, wanted, engine_command, more, json), Home.default())
 

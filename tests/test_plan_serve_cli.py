@@ -12,9 +12,10 @@ import pytest
 
 from loraport.clients.errors import UsageError
 from loraport.clients.home import Home
-from loraport.serve.cli import check_kinds
 from loraport.serve.engine.startup import served_context
 from loraport.serve.engine.versions import cpu_memory_arguments, engine_version, named_context
+from loraport.serve.plan.settings import Wanted
+from loraport.serve.plan.wish import wish
 from tests.adapters import make_tiny_adapter
 from tests.fake_hub import FakeHub
 from tests.serving import FAKE, Serving
@@ -152,10 +153,12 @@ def test_refusals(qwen: Path, arguments: list[str], code: int, message: str) -> 
 
 
 def test_kinds_that_do_not_exist() -> None:
-    check_kinds("auto", "fp8")
-    for pair in (("int8", "auto"), ("auto", "int8")):
+    assert wish("16k", 0.9, 4, "bfloat16", kv_cache_dtype="fp8") == Wanted(
+        16_384, 0.9, 4, "bfloat16", kv_cache_dtype="fp8"
+    )
+    for wrong in ({"quantization": "int8"}, {"kv_cache_dtype": "int8"}, {"dtype": "int8"}):
         with pytest.raises(UsageError, match="is not known"):
-            check_kinds(*pair)
+            wish(**{"context": None, "share": None, "requests": None, "dtype": None} | wrong)
 
 
 def test_a_start_without_room_is_tried_once_more_with_what_vllm_names(home: Home, tiny_base: Path) -> None:

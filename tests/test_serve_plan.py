@@ -10,12 +10,13 @@ import pytest
 
 from loraport.clients.errors import ResourceError, UsageError
 from loraport.clients.hardware import Device, read_cgroup, read_gpu
-from loraport.serve.cli import check_engine_flags, check_flags, parse_context, split_arguments
+from loraport.serve.cli import check_engine_flags, check_port, split_arguments
 from loraport.serve.engine import versions
 from loraport.serve.plan import hardware
 from loraport.serve.plan.choose import plan
 from loraport.serve.plan.settings import ASSISTANT_CONTEXT, Plan, Wanted
 from loraport.serve.plan.shape import GIB, MIB, find, read_shape
+from loraport.serve.plan.wish import check_share, parse_context
 from loraport.train.manifest import BaseIdentity, DataCounts, Manifest
 
 LLAMA_8B = {
@@ -200,9 +201,12 @@ def test_flags() -> None:
     for wrong in ("0", "-1", "many", "4m"):
         with pytest.raises(UsageError):
             parse_context(wrong)
-    for port, share in ((0, None), (70_000, None), (8000, 1.5), (8000, 0.0)):
+    for port in (0, 70_000):
         with pytest.raises(UsageError):
-            check_flags(port, share)
+            check_port(port)
+    for share in (1.5, 0.0):
+        with pytest.raises(UsageError):
+            check_share(share)
     assert split_arguments(["a", "b", "--seed", "3"]) == (["a", "b"], ["--seed", "3"])
 
 

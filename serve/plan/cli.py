@@ -10,15 +10,25 @@ from loraport.clients.hardware import Device
 from loraport.clients.home import Home
 from loraport.clients.terminal import print_json
 from loraport.serve.checks import open_adapters
-from loraport.serve.cli import check_flags, check_kinds, parse_context
 from loraport.serve.engine.versions import cpu_memory_arguments, engine_version, spare_slots
 from loraport.serve.plan.choose import plan, require_shape
 from loraport.serve.plan.gpus import named_device
 from loraport.serve.plan.hardware import read_device
 from loraport.serve.plan.on_gpu import DoesNotFit
 from loraport.serve.plan.report import Report, as_json, say_report
-from loraport.serve.plan.settings import Wanted
-from loraport.serve.plan.shape import BYTES
+from loraport.serve.plan.wish import (
+    Concurrency,
+    Context,
+    Dtype,
+    KvCacheDtype,
+    MaxLoraRank,
+    MaxLoras,
+    Quantization,
+    Requests,
+    Share,
+    TensorParallel,
+    wish,
+)
 from loraport.train.adapters import Adapter
 from loraport.train.base_model import Base, fetch_config, local_folder
 
@@ -38,55 +48,37 @@ def plan_serve(
     gpu_name: Annotated[
         str | None, typer.Option(help="GPU to plan for, such as H200, A100, 4090 or T4. Default: the one here.")
     ] = None,
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs that share the model.")] = 1,
+    tensor_parallel: TensorParallel = 1,
     replicas: Annotated[int, typer.Option(min=1, help="Copies of the engine, each on GPUs of its own.")] = 1,
-    context: Annotated[
-        str | None, typer.Option(help="Context length in tokens, such as 16384 or 16k. [default: chosen]")
-    ] = None,
-    concurrency: Annotated[
-        int | None, typer.Option(min=1, help="Requests of full length that must fit at once. [default: 1]")
-    ] = None,
-    max_loras: Annotated[
-        int | None, typer.Option(min=1, help="LoRA slots: adapters in a batch. [default: one an adapter, at most 8]")
-    ] = None,
-    max_lora_rank: Annotated[
-        int | None, typer.Option(min=1, help="Rank of the slots. [default: the adapters' largest]")
-    ] = None,
-    quantization: Annotated[
-        str, typer.Option(help="auto, none, fp8 or bnb: how to hold 16-bit weights on a GPU.")
-    ] = "auto",
-    kv_cache_dtype: Annotated[str, typer.Option(help="auto or fp8: the type of the KV cache on a GPU.")] = "auto",
-    gpu_memory_utilization: Annotated[
-        float | None, typer.Option(help="Share of the GPU's memory, or of free RAM on a CPU. [default: chosen]")
-    ] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Requests at once. [default: chosen]")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16: the type to compute in. [default: chosen]")
-    ] = None,
+    context: Context = None,
+    gpu_memory_utilization: Share = None,
+    max_num_seqs: Requests = None,
+    dtype: Dtype = None,
+    concurrency: Concurrency = None,
+    quantization: Quantization = "auto",
+    kv_cache_dtype: KvCacheDtype = "auto",
+    max_loras: MaxLoras = None,
+    max_lora_rank: MaxLoraRank = None,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON document.")] = False,
 ) -> None:
     """Say what serving will need: weights, context, memory, flags."""
-    check_flags(8000, gpu_memory_utilization)
-    check_kinds(quantization, kv_cache_dtype)
-    if dtype is not None and dtype not in BYTES:
-        raise UsageError(f"--dtype {dtype} is not known.", f"use one of {', '.join(BYTES)}")
+    wanted = wish(
+        context,
+        gpu_memory_utilization,
+        max_num_seqs,
+        dtype,
+        -(-concurrency // replicas) if concurrency else None,
+        quantization,
+        kv_cache_dtype,
+        max_loras,
+        max_lora_rank,
+        tensor_parallel,
+    )
     version = engine_version([], is_ours=True)
     opened = open_adapters(Home.default(), adapters or [], version)
     name, config, file_bytes = find_config(model, revision, opened)
     shape = require_shape(config, file_bytes, f"the config.json of {name}")
     device = find_device(gpu_memory, gpu_name, tensor_parallel * replicas)
-    wanted = Wanted(
-        context=parse_context(context),
-        share=gpu_memory_utilization,
-        requests=max_num_seqs,
-        dtype=dtype,
-        concurrency=-(-concurrency // replicas) if concurrency else None,
-        quantization=quantization,
-        kv_cache_dtype=kv_cache_dtype,
-        max_loras=max_loras,
-        max_lora_rank=max_lora_rank,
-        tensor_parallel=tensor_parallel,
-    )
     try:
         manifests = [adapter.manifest for adapter in opened]
         made = plan(wanted, shape, manifests, device, spare_slots(version, device.kind))
