@@ -262,7 +262,7 @@ def choose_settings(config: ResolvedConfig, base: Base, data: Data, gpus: int) -
     chosen = made.settings
     if chosen.sharding == "fsdp" and config.load == "int8":  # bitsandbytes keeps its own hold of int8 weights
         raise ConfigError("--load int8 cannot be shared among GPUs, and no GPU here holds the base.", "use --load nf4")
-    return Settings(chosen.micro_batch_tokens, chosen.checkpointed_layers, chosen.offload, chosen.sharding == "fsdp")
+    return Settings.of_plan(chosen)
 
 
 def least_settings(config: ResolvedConfig, base: Base, longest: int, error: BaseModelError) -> Settings:

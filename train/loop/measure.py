@@ -49,13 +49,10 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     device = use_device()
     config = configure(spec)
     made = planned(config, spec)
-    sharded = made.settings.sharding == "fsdp"
-    settings = Settings(
-        made.settings.micro_batch_tokens, made.settings.checkpointed_layers, made.settings.offload, sharded
-    )
+    settings = Settings.of_plan(made.settings)
     base = random_base(spec["shape"], spec["load"], device, seed=spec["seed"])
     model = with_lora(base, config, list(config.target_modules))
-    shards = share(model, torch.device(device)) if sharded else None
+    shards = share(model, torch.device(device)) if settings.sharded else None
     vocabulary = spec["shape"]["vocab_size"]
     rows = RandomRows(spec["lengths"], vocabulary, spec["seed"])
     eval_rows = RandomRows(spec["lengths"][:1], vocabulary, spec["seed"] + 1)

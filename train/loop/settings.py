@@ -1,10 +1,12 @@
 """How a run uses the memory it has: settings that change its speed and never its result, and the ladder down.
 
 >>> step_down(Settings(16384, 0, False), layers=32, longest=2048)
-Settings(micro_batch_tokens=16384, checkpointed_layers=16, offload=False)
+Settings(micro_batch_tokens=16384, checkpointed_layers=16, offload=False, sharded=False)
 """
 
 from dataclasses import dataclass, replace
+
+from loraport.train.memory.plan import Settings as Planned
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,11 @@ class Settings:
     checkpointed_layers: int = 0
     offload: bool = False
     sharded: bool = False
+
+    @classmethod
+    def of_plan(cls, chosen: Planned) -> "Settings":
+        """What a plan chose, as far as the loop has to know it."""
+        return cls(chosen.micro_batch_tokens, chosen.checkpointed_layers, chosen.offload, chosen.sharding == "fsdp")
 
     def words(self, layers: int) -> str:
         """For people."""
