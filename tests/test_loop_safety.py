@@ -1,12 +1,13 @@
 """What goes wrong in a run: figures that are no numbers, and memory that runs out."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.multiprocessing import ProcessExitedException
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from loraport.clients.errors import Refused, ResourceError
 from loraport.train.loop import loss as loss_module
@@ -14,6 +15,7 @@ from loraport.train.loop.checkpoints import step_of, whole
 from loraport.train.loop.fit import fit
 from loraport.train.loop.launch import killed
 from loraport.train.loop.settings import Settings, step_down
+from loraport.train.loop.trainer import LoraTrainer
 from tests.loop import ToyRows, assert_same, base_of, config_for, lora_on, weights_of
 
 
@@ -155,3 +157,12 @@ def test_a_process_that_the_kernel_ended_is_told_as_such() -> None:
     told = killed(died)
     assert told is not None and "the process of GPU 1 was ended by SIGKILL" in told.message
     assert killed(ProcessExitedException("1", 1, 4711, 1)) is None
+
+
+@pytest.mark.parametrize(("optimizer", "each"), [("adamw_torch_fused", 8), ("paged_adamw_8bit", 2)])
+def test_a_rehearsal_keeps_room_for_the_states_that_will_come(optimizer: str, each: int) -> None:
+    model = lora_on(base_of("qwen3"))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    args = TrainingArguments(optim=optimizer, report_to="none")  # holds an enum, whose str() is in capitals
+    trainer: Any = SimpleNamespace(args=args)
+    assert LoraTrainer.state_bytes(trainer, model) == each * trained

@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from logging import ERROR, getLogger
 from typing import Any
 
 from loraport.clients.errors import BaseModelError, ConfigError, ResourceError
@@ -114,6 +115,8 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # For each int8 linear, each time: "inputs will be cast to float16 during quantization".
+    getLogger("bitsandbytes.autograd._functions").setLevel(ERROR)
 
 
 def resolve_targets(base: Base, config: RunConfig, model: Any) -> list[str]:

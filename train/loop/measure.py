@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from loraport.train.config import ResolvedConfig, RunConfig, explain_invalid
 from loraport.train.defaults import Facts, resolve
 from loraport.train.loop.fit import fit
+from loraport.train.loop.gpu_memory import limit_memory
 from loraport.train.loop.lora import count_trainable, with_lora
 from loraport.train.loop.random_base import random_base, random_rows
 from loraport.train.loop.settings import Settings
@@ -50,7 +51,9 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     config = configure(spec)
     made = planned(config, spec)
     settings = Settings.of_plan(made.settings)
-    base = random_base(spec["shape"], spec["load"], device, seed=spec["seed"])
+    limit_memory(config.gpu_memory)
+    waiting = "cpu" if settings.sharded else None
+    base = random_base(spec["shape"], spec["load"], device, seed=spec["seed"], linears_on=waiting)
     model = with_lora(base, config, list(config.target_modules))
     shards = share(model, torch.device(device)) if settings.sharded else None
     vocabulary = spec["shape"]["vocab_size"]

@@ -11,10 +11,13 @@ from typing import Any
 STD = 0.02  # of all weights, as most architectures start
 
 
-def random_base(shape: dict[str, Any], load: str, device: str, attention: str = "sdpa", seed: int = 0) -> Any:
+def random_base(
+    shape: dict[str, Any], load: str, device: str, attention: str = "sdpa", seed: int = 0, linears_on: str | None = None
+) -> Any:
     """A causal language model of `shape` (a config.json) on `device`, its linears held as `load`: fp32, bf16 or nf4.
 
-    nf4 is quantised twice and computes in bf16, as train/loop/lora.py loads it.
+    nf4 is quantised twice and computes in bf16, as train/loop/lora.py loads it. `linears_on`: where those wait, once
+    they are made on `device`, for train/loop/shards.py to fetch them.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -28,7 +31,8 @@ def random_base(shape: dict[str, Any], load: str, device: str, attention: str = 
     head = model.get_output_embeddings()
     for path, module in list(model.named_modules()):
         if load == "nf4" and isinstance(module, torch.nn.Linear) and module is not head:
-            model.set_submodule(path, random_nf4(module, device))
+            made = random_nf4(module, device)
+            model.set_submodule(path, made.to(linears_on) if linears_on else made)
         elif any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             with torch.device(device):
                 model.set_submodule(path, type(module)(config))  # rotary embeddings: computed, not random

@@ -141,7 +141,8 @@ def frozen_tensors(layer: Any) -> list[tuple[Any, str]]:
     """Weights of the base's linears in a layer, with the scales of quantised ones, as (owner, attribute)."""
     found: list[tuple[Any, str]] = []
     for module in layer.modules():
-        if type(module).__name__ not in LINEARS or module.weight.requires_grad:
+        # PEFT's layers bear the names of those they wrap, and show their weights.
+        if type(module).__name__ not in LINEARS or hasattr(module, "base_layer") or module.weight.requires_grad:
             continue
         module.__dict__["sharded"] = True
         found.append((module, "weight"))

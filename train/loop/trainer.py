@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
+from transformers.training_args import OptimizerNames
 
 from loraport.clients.errors import Refused
 from loraport.clients.terminal import say
@@ -137,13 +138,16 @@ class LoraTrainer(Trainer):
 
     def try_largest(self, model: Any) -> None:
         """With room kept for the optimiser's states, which come with the first step of it."""
-        each = 2 if "8bit" in str(self.args.optim) else 8
-        states = torch.empty(each * count_trainable(model), dtype=torch.uint8, device=self.args.device)
+        states = torch.empty(self.state_bytes(model), dtype=torch.uint8, device=self.args.device)
         micro = largest(self.train_dataset, self.config.batch_size, self.budget)
         loss, _ = model(**micro.to(self.args.device), scale=0.0)
         self.accelerator.backward(loss)
         self.release()
         del states
+
+    def state_bytes(self, model: Any) -> int:
+        """Of the optimiser: two numbers for each parameter, of 8 or of 32 bits."""
+        return (2 if "8bit" in OptimizerNames(self.args.optim).value else 8) * count_trainable(model)
 
     def accumulate(self, model: Any, step: Step) -> torch.Tensor:
         """Gradients of all micro-steps; returns the sum of their parts of the loss."""

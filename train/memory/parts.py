@@ -98,7 +98,8 @@ class Counted:
             weights=self.weights(shards),
             # In float32, and in the type of the arithmetic as groups need them (groups.py, `Group.refresh`).
             adapter=4 * self.parameters + load.types.width * self.thin,
-            gradients=4 * self.parameters,
+            # Several GPUs sum theirs in buckets, which are a copy (DistributedDataParallel).
+            gradients=4 * self.parameters * (1 if layout.sharding == "none" else 2),
             optimizer=self.optimizer,
             activations=activations,
             largest_moment=largest,
