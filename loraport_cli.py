@@ -22,7 +22,7 @@ COMMANDS = {
     "train": ("loraport.train.cli", "Train a LoRA adapter on rows and prove it."),
     "serve": ("loraport.serve.cli", "Serve a base and its adapters on one OpenAI-compatible URL."),
     "eval": ("loraport.bench.cli", "Measure success and stop rate of models on held-out rows."),
-    "adapters": ("loraport.train.cli", "List the adapters on this machine, or show one."),
+    "adapters": ("loraport.serve.adapters.cli", "List, load, replace, roll back and remove adapters."),
     "chat": ("loraport.clients.cli", "Chat with a model of an endpoint in the terminal."),
     "env": ("loraport.clients.cli", "Print variables that point OpenAI clients at the endpoint."),
     "aider": ("loraport.clients.cli", "Start Aider against the endpoint, told its context size."),
@@ -38,6 +38,52 @@ GROUPS = {
                 "loraport.bench.training.cli",
                 "bench_train",
                 "Measure training speed and memory, ours against its peers.",
+            ),
+            "throughput": (
+                "loraport.bench.serving.cli",
+                "bench_throughput",
+                "Measure tokens per second and latencies of a server under load.",
+            ),
+            "lora-tax": (
+                "loraport.bench.serving.cli",
+                "bench_lora_tax",
+                "Measure what adapters cost against their base, interleaved in one run.",
+            ),
+            "gateway": (
+                "loraport.bench.serving.cli",
+                "bench_gateway",
+                "Measure what a gateway adds: the same load through it and past it.",
+            ),
+            "startup": (
+                "loraport.bench.serving.tools_cli",
+                "bench_startup",
+                "Measure how long a serve command takes to start, cold and warm.",
+            ),
+            "make-adapters": (
+                "loraport.bench.serving.tools_cli",
+                "bench_make_adapters",
+                "Make random adapters for a base, to load-test a server before anyone has trained.",
+            ),
+            "make-base": (
+                "loraport.bench.serving.tools_cli",
+                "bench_make_base",
+                "Make the folder of a base of a real shape, without weights.",
+            ),
+        },
+    ),
+    "keys": (
+        "Make, list and revoke the API keys of the endpoint.",
+        {
+            "create": ("loraport.serve.gateway.cli", "keys_create", "Make an API key and print it, this once."),
+            "list": (
+                "loraport.serve.gateway.cli",
+                "keys_list",
+                "List the API keys, what they may do and what they have used.",
+            ),
+            "revoke": (
+                "loraport.serve.gateway.cli",
+                "keys_revoke",
+                "Revoke an API key: the next request with it is refused.",
             ),
         },
     ),

@@ -43,7 +43,7 @@ def eval(
     """Measure success and stop rate of models on held-out rows.
 
     Success: the reply is the reference, blanks at both ends aside, and the model stopped by itself. A failed request is
-    a row without success. Intervals are Wilson's, 95%. The key is taken from OPENAI_API_KEY.
+    a row without success. Intervals are Wilson's, 95%. The key: LORAPORT_API_KEY or OPENAI_API_KEY.
     """
     from loraport.bench.evaluate import Evaluation, Request
     from loraport.bench.report import all_figures, check_answered, check_verdict, print_report, to_json

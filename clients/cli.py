@@ -42,38 +42,49 @@ def chat(
 
 def env(
     base_url: BaseUrl = None,
-    show_key: Annotated[bool, typer.Option("--show-key", help="Print OPENAI_API_KEY also where it is set.")] = False,
+    show_key: Annotated[bool, typer.Option("--show-key", help="Print the key also where it is set.")] = False,
+    anthropic: Annotated[
+        bool, typer.Option("--anthropic", help="For Anthropic's clients, such as Claude Code, instead.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
     """Print variables that point OpenAI clients at the endpoint.
 
-    In a shell: eval "$(loraport env)"
+    In a shell: eval "$(loraport env)". A key that is set stays where it is; it is referred to, not printed.
     """
-    from loraport.clients.environment import export_lines, look_up, own_base_url, variables
+    from loraport.clients.endpoint import key_variable
+    from loraport.clients.environment import export_lines, look_up, own_base_url, references, variables
 
     home = Home.default()
     endpoint = look_up(own_base_url(base_url, home), home)
-    values = variables(endpoint.base_url, show_key)
+    values = variables(endpoint, show_key, anthropic)
     if json:
         known = {"models": endpoint.models, "default_model": endpoint.default_model, "context": endpoint.context}
         print_json({**values, **known})
     else:
-        typer.echo(export_lines(values), nl=False)
+        typer.echo(export_lines(values, {} if show_key else references(anthropic)), nl=False)
     if endpoint.problem:
         say(f"# warning: {endpoint.problem.message}", "yellow")
     else:
         say(f"# models: {', '.join(endpoint.models)}", "dim")
-    if "OPENAI_API_KEY" not in values:
-        say("# OPENAI_API_KEY is set already and stays as it is (--show-key prints it)", "dim")
+    if not show_key and key_variable():
+        say(f"# the key is set already, in {key_variable()}, and is not printed (--show-key prints it)", "dim")
 
 
-def aider(context: typer.Context, model: Model = None, base_url: BaseUrl = None) -> None:
+def aider(
+    context: typer.Context,
+    model: Model = None,
+    base_url: BaseUrl = None,
+    thinking: Annotated[
+        bool | None, typer.Option("--thinking/--no-thinking", help="For models that can. Default: their template's.")
+    ] = None,
+) -> None:
     """Start Aider against the endpoint, told its context size.
 
     Everything else goes to Aider, and wins: loraport aider --message "add a test" parse.py
     (what stands after -- goes to Aider even if it is --help).
     """
-    from loraport.clients.aider import USEFUL_CONTEXT, find_aider, start
+    from loraport.clients.aider import USEFUL_CONTEXT, divide, find_aider, start
     from loraport.clients.endpoint import find_base_url
     from loraport.clients.environment import look_up
 
@@ -83,11 +94,15 @@ def aider(context: typer.Context, model: Model = None, base_url: BaseUrl = None)
     endpoint = look_up(find_base_url(base_url, home), home, wanted)
     if endpoint.problem:
         raise endpoint.problem
+    parts = divide(endpoint)
     size = f"{endpoint.context:,} tokens" if endpoint.context else "unknown"
     say(f"Aider with {endpoint.default_model} at {endpoint.base_url}, context {size}", "dim")
+    if parts:
+        mapped = f"{parts.repo_map:,} for the repo map" if parts.repo_map else "no repo map"
+        say(f"{parts.reply:,} tokens for a reply, {mapped}, {parts.history:,} for what was said before", "dim")
     if endpoint.context and endpoint.context < USEFUL_CONTEXT:
         say(
             f"warning: Aider needs a context of about {USEFUL_CONTEXT:,} tokens; expect it to work on small files only",
             "yellow",
         )
-    start(program, endpoint, home, context.args)
+    start(program, endpoint, parts, thinking, home, context.args)

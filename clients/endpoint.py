@@ -20,6 +20,12 @@ from loraport.clients.errors import EndpointError, http_errors
 from loraport.clients.home import Home, write_json
 
 BASE_URL_VARIABLES = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
+# The first counts: whoever has a key of OpenAI's in the second need not move it away.
+KEY_VARIABLES = ("LORAPORT_API_KEY", "OPENAI_API_KEY")
+KEY_HINT = (
+    "`loraport keys create NAME`, where it is served, makes one; here LORAPORT_API_KEY holds it, "
+    "or OPENAI_API_KEY where that is not set"
+)
 # A server on loopback asks for no key, but the clients insist on sending one.
 PLACEHOLDER_KEY = "loraport"
 LONGEST_QUOTE = 400  # characters of a server's words that an error repeats
@@ -31,6 +37,7 @@ class EndpointRecord:
 
     `process` and `engine` are (process id, creation time in seconds since the epoch), which together name a process
     even after its id was used again. `engine` is the guard that ends all of the engine when `process` is gone.
+    `admin_key` opens the admin routes as long as the endpoint lives; the folder is its owner's alone.
     """
 
     base_url: str
@@ -40,6 +47,7 @@ class EndpointRecord:
     max_model_len: int | None
     process: tuple[int, float]
     engine: tuple[int, float] | None
+    admin_key: str | None = None
 
     @property
     def default_model(self) -> str:
@@ -105,9 +113,15 @@ def find_base_url(given: str | None, home: Home) -> str:
     return record.base_url
 
 
+def key_variable() -> str | None:
+    """The variable that holds the key: LORAPORT_API_KEY, else OPENAI_API_KEY; None where neither is set."""
+    return next((name for name in KEY_VARIABLES if os.environ.get(name, "").strip()), None)
+
+
 def api_key() -> str:
-    """OPENAI_API_KEY, or a placeholder where it is not set."""
-    return os.environ.get("OPENAI_API_KEY") or PLACEHOLDER_KEY
+    """The key that is sent, or a placeholder where none is set."""
+    name = key_variable()
+    return os.environ[name].strip() if name else PLACEHOLDER_KEY
 
 
 @contextlib.contextmanager
@@ -131,13 +145,17 @@ def explain(error: Exception, base_url: str) -> EndpointError:
     if isinstance(error, (openai.APIConnectionError, *http_errors("TransportError"))):
         return explain_connection(error, base_url)
     said = server_words(error)
-    if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-        return EndpointError(f"{base_url} refuses the API key: {said}.", "set OPENAI_API_KEY to the server's key")
+    if isinstance(error, openai.AuthenticationError):
+        return EndpointError(f"{base_url} refuses the API key: {said}.", KEY_HINT)
+    if isinstance(error, openai.PermissionDeniedError):
+        return EndpointError(f"{base_url} does not allow it: {said}.", KEY_HINT)
     if isinstance(error, openai.NotFoundError):
         hint = "`loraport env` lists the models it has; a base URL ends in /v1"
         return EndpointError(f"{base_url} says: {said}.", hint)
     if isinstance(error, openai.RateLimitError):
         return EndpointError(f"{base_url} refuses more requests: {said}.", "wait, or lower --concurrency")
+    if isinstance(error, openai.APIStatusError) and error.status_code == 503:
+        return EndpointError(f"{base_url} cannot answer now: {said}.", "try again when it is ready; its log says more")
     if isinstance(error, openai.APIStatusError):
         hint = "the server's log says more" if error.status_code >= 500 else "change the request accordingly"
         return EndpointError(f"{base_url} answered {error.status_code}: {said}.", hint)

@@ -34,6 +34,7 @@ class Device:
     free: int
     cores: int  # CPU cores that this process may use
     has_bf16: bool = True  # whether it multiplies bfloat16 in hardware
+    capability: float | None = None  # CUDA's compute capability: 8.9 of Ada, 9.0 of Hopper
 
 
 def visible_gpus() -> list[int | str] | None:
@@ -73,9 +74,9 @@ def read_one(gpu: int | str) -> Device:
     by_index = isinstance(gpu, int)
     handle = pynvml.nvmlDeviceGetHandleByIndex(gpu) if by_index else pynvml.nvmlDeviceGetHandleByUUID(gpu)
     memory, name = pynvml.nvmlDeviceGetMemoryInfo(handle), pynvml.nvmlDeviceGetName(handle)
-    major, _ = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
     text = name.decode() if isinstance(name, bytes) else str(name)
-    return Device("cuda", text, int(memory.total), int(memory.free), usable_cores(), has_bf16=major >= 8)
+    return Device("cuda", text, int(memory.total), int(memory.free), usable_cores(), major >= 8, major + minor / 10)
 
 
 def read_cpu(bound: bool = True) -> Device:

@@ -10,17 +10,17 @@ import os
 import shlex
 import socket
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from loraport.clients.endpoint import is_alive, read_records
 from loraport.clients.errors import AdapterError, BaseModelError, ResourceError, UsageError
 from loraport.clients.home import Home
+from loraport.serve.adapters.catalog import open_reference
 from loraport.serve.engine import versions
-from loraport.train.adapters import CONFIG, Adapter, find_adapter, open_adapter
-from loraport.train.base_model import Base, identify, read_json, resolve
-from loraport.train.config import VLLM_RANKS
+from loraport.serve.gateway.keys import read as read_keys
+from loraport.train.adapters import Adapter
+from loraport.train.base_model import Base, identify, resolve
 from loraport.train.manifest import BaseIdentity
 
 BASE_ALIAS = "base"
@@ -31,21 +31,6 @@ IDENTITY_PARTS = {
     "tokenizer_sha256": "its tokenizer",
     "chat_template_sha256": "its chat template",
     "weights_sha256": "its weights",
-}
-# Initialisations of A and B that leave the base's own weights alone. PiSSA, OLoRA, LoftQ and CorDA change them when
-# PEFT loads the adapter, which vLLM does not do (vllm/lora/peft_helper.py, `_init_is_supported`; 0.25 does not check).
-PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-# Keys of adapter_config.json that change what the adapter computes and that no supported vLLM implements.
-REFUSED_FEATURES = {
-    "use_dora": "DoRA",
-    "lora_bias": "a LoRA bias",
-    "alora_invocation_tokens": "activated LoRA",
-    "layer_replication": "layer replication",
-    "use_bdlora": "block-diagonal LoRA",
-    "use_qalora": "QALoRA",
-    "modules_to_save": "whole modules beside LoRA (modules_to_save)",
-    "trainable_token_indices": "trained token embeddings (trainable_token_indices)",
-    "target_parameters": "LoRA on bare parameters (target_parameters)",
 }
 
 
@@ -63,17 +48,16 @@ def split_command(text: str | None) -> tuple[str, ...] | None:
     return words
 
 
-def open_to_others(host: str) -> tuple[str, ...]:
-    """Warnings about who can use the endpoint. UsageError where an API key is set and would protect nothing."""
-    has_key = bool(os.environ.get("VLLM_API_KEY"))
-    if is_loopback(host):
-        return ("warning: VLLM_API_KEY is ignored: on this machine the endpoint asks for no key.",) if has_key else ()
-    if has_key:
+def open_to_others(host: str, home: Home) -> tuple[str, ...]:
+    """Warnings about keys. UsageError where others could reach the endpoint and there is none."""
+    ignored = ("warning: VLLM_API_KEY is ignored: keys are made with `loraport keys create NAME`.",)
+    warnings = ignored if os.environ.get("VLLM_API_KEY") else ()
+    if not is_loopback(host) and not any(key.is_living() for key in read_keys(home.root / "keys.json")):
         raise UsageError(
-            f"VLLM_API_KEY is set, but `loraport serve` asks for no key, so --host {host} would be open to anybody.",
-            "serve on 127.0.0.1 behind a proxy that asks for the key, or unset VLLM_API_KEY to serve without one",
+            f"--host {host} can be reached by others, and there is no API key yet.",
+            "make one, which is shown once: loraport keys create NAME",
         )
-    return (f"warning: --host {host}: there is no key, so anybody who reaches the port can use the models.",)
+    return warnings
 
 
 def is_loopback(host: str) -> bool:
@@ -124,62 +108,21 @@ def find_free_port(host: str, family: int) -> int | None:
     return None
 
 
-def open_adapters(home: Home, references: list[str], version: versions.Version) -> list[Adapter]:
-    """The adapters, known to be whole and servable, each name once."""
+def open_adapters(
+    home: Home, references: list[str], version: versions.Version, model: str | None = None
+) -> list[Adapter]:
+    """The adapters, known to be whole and servable, each name once.
+
+    One that PEFT saved elsewhere is opened for `model`, by default for the base that it names.
+    """
     adapters: dict[str, Adapter] = {}
     for reference in references:
-        check_servable(find_adapter(home, reference), version)
-        adapter = open_adapter(home, reference)
+        adapter = open_reference(home, reference, version, model)
         name = adapter.manifest.name
         if name in adapters:
             raise UsageError(f"two of the adapters are called {name}.", "serve one version of an adapter at a time")
         adapters[name] = adapter
     return list(adapters.values())
-
-
-def read_peft_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json as an object; AdapterError otherwise."""
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise AdapterError(f"{folder} has no {CONFIG}.", "the folder is incomplete: train again") from error
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{folder / CONFIG} cannot be read: {error}.", "restore it, or train again") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"{folder / CONFIG} is not a JSON object.", "restore it, or train again")
-    return config
-
-
-def check_servable(folder: Path, version: versions.Version) -> None:
-    """AdapterError for everything in a PEFT configuration that vLLM refuses, or ignores without a word."""
-    config = read_peft_config(folder)
-    problems = [words for key, words in REFUSED_FEATURES.items() if config.get(key)]
-    if config.get("peft_type", "LORA") != "LORA":
-        problems = [f"the PEFT type {config['peft_type']}"]
-    if config.get("bias", "none") != "none":
-        problems.append(f"bias={config['bias']!r}")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower() not in PLAIN_INITS:
-        problems.append(f"the initialisation {init}, which changes the base's weights")
-    if (config.get("rank_pattern") or config.get("alpha_pattern")) and not versions.honours_patterns(version):
-        problems.append(f"a rank or alpha of its own for some modules, which vLLM {version[0]}.{version[1]} ignores")
-    if problems:
-        raise AdapterError(
-            f"the adapter in {folder} uses {' and '.join(problems)}, which vLLM does not serve.",
-            "train it as plain LoRA, or merge it into its base with PEFT and serve that",
-        )
-    check_rank(config, folder)
-
-
-def check_rank(config: dict[str, Any], folder: Path) -> None:
-    """AdapterError unless every rank is one that vLLM can hold."""
-    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
-    if not all(isinstance(rank, int) and 0 < rank <= VLLM_RANKS[-1] for rank in ranks):
-        raise AdapterError(
-            f"the adapter in {folder} has rank {max((r for r in ranks if isinstance(r, int)), default=None)}; "
-            f"vLLM takes 1 to {VLLM_RANKS[-1]}.",
-            "train it with a lower --rank",
-        )
 
 
 def find_base(model: str | None, adapters: list[Adapter]) -> Base:
@@ -239,20 +182,6 @@ def name_base(base: Base, adapters: list[Adapter]) -> tuple[str, ...]:
     if BASE_ALIAS in taken:
         raise UsageError("an adapter cannot be called `base`: that is the base model's name.", "rename the adapter")
     return tuple(name for name in names if name not in taken)
-
-
-def stop_token_config(base: Base, adapters: list[Adapter]) -> dict[str, Any] | None:
-    """The base's generation_config.json with the adapters' stop tokens added; None where it has them all.
-
-    vLLM stops on the tokenizer's end token and on those in generation_config.json. A base that was never made for chat
-    lacks the end of turn there, and its adapter would never stop.
-    """
-    path = base.folder / "generation_config.json"
-    config = read_json(path) if path.is_file() else {}
-    known = config.get("eos_token_id")
-    ends = {known} if isinstance(known, int) else set(known or ())
-    wanted = {token for adapter in adapters for token in adapter.manifest.stop_tokens}
-    return None if wanted <= ends else config | {"eos_token_id": sorted(ends | wanted)}
 
 
 def check_template_kwargs(adapters: list[Adapter]) -> None:

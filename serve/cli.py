@@ -38,9 +38,9 @@ OURS = {
     "enable-lora": "name the adapters before `--`",
     "no-enable-lora": "name no adapter: then LoRA is off",
     "lora-modules": "name the adapters before `--`",
-    "api-key": "serve on 127.0.0.1 behind a proxy that asks for a key",
+    "api-key": "make keys with `loraport keys create NAME`",
     "root-path": "let the proxy in front strip the path",
-    "uds": "serve on 127.0.0.1; a proxy can offer a socket",
+    "uds": "the engine has a socket of its own; the gateway listens on --host and --port",
     "headless": "start `vllm serve --headless` yourself on further machines",
 }
 OURS_BY_PREFIX = {"ssl-": "serve on 127.0.0.1 behind a proxy that speaks TLS"}
@@ -86,6 +86,16 @@ def serve(
         str | None,
         typer.Option(help="How to start vLLM's OpenAI server, for a vLLM elsewhere. [default: this environment's]"),
     ] = None,
+    merge: Annotated[
+        str | None, typer.Option(help="Serve this adapter alone, merged into the weights: as fast as its base.")
+    ] = None,
+    origin: Annotated[
+        list[str] | None, typer.Option(help="Web page that may ask from a browser, with a key; repeatable.")
+    ] = None,
+    drain: Annotated[
+        float,
+        typer.Option(min=0, help="Seconds for running requests to end after SIGTERM; Ctrl-C waits for none."),
+    ] = 30.0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document when ready.")] = False,
 ) -> None:
     """Serve a base and its adapters on one OpenAI-compatible URL."""
@@ -107,7 +117,10 @@ def serve(
         max_lora_rank,
         tensor_parallel,
     )
-    run(Request(adapters, model, host, port, wanted, engine_command, more, json), Home.default())
+    run(
+        Request(adapters, model, host, port, wanted, engine_command, more, json, drain, merge, tuple(origin or ())),
+        Home.default(),
+    )
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -1,12 +1,14 @@
-"""`loraport serve`, from top to bottom: check, plan, start, verify, tell, watch, stop.
+"""`loraport serve`, from top to bottom: check, open, plan, start, verify, tell, keep, drain, stop.
 
-check    port, adapters, base, names, disk                       1-2 s, nothing started     checks.py
+check    port, keys, adapters, base, names, disk                 1-2 s, nothing started     checks.py
+open     the gateway takes the port: 503 with phase and time until the engine is ready     gateway/
 plan     context, memory, requests, slots; each with its reason                             plan/
-start    the engine under its guard; phases shown                20-60 s on two cores       engine/
-verify   golden replies replayed through the endpoint, prompts   a second or two            proof/
+start    the engine under its guard, on a socket of its own      20-60 s on two cores       supervise.py, engine/
+verify   adapters loaded, golden replies replayed, prompts       a second or two            adapters/, proof/
          compared, base and adapters asked at the same moment
 tell     base URL, models, lines to copy; the record for the other commands                 report.py
-watch    until Ctrl-C, SIGTERM, or the engine's death; then everything is ended
+keep     until a signal: what crashes or hangs is started again                             supervise.py
+drain    on SIGTERM: requests that run may end, new ones are refused; then everything is ended
 """
 
 import os
@@ -19,26 +21,36 @@ from pathlib import Path
 from types import FrameType
 
 from loraport.clients.endpoint import EndpointRecord, process_identity
-from loraport.clients.errors import EngineError, UsageError
+from loraport.clients.errors import LoraportError, UsageError
 from loraport.clients.hardware import Device
 from loraport.clients.home import Home, require_disk, write_json
 from loraport.clients.terminal import console, print_json, say
 from loraport.serve import checks, report
-from loraport.serve.engine import versions
+from loraport.serve.adapters import merge
+from loraport.serve.adapters.catalog import Catalog
+from loraport.serve.adapters.live import Live
+from loraport.serve.adapters.prove import Restored, model_of
+from loraport.serve.engine import sampling, versions
+from loraport.serve.engine.connect import socket_path
+from loraport.serve.engine.family import read_family
 from loraport.serve.engine.leftovers import end_leftovers
-from loraport.serve.engine.process import DEFAULT_COMMAND, Engine, Launch
-from loraport.serve.engine.startup import explain_death, served_context, wait_ready
+from loraport.serve.engine.process import DEFAULT_COMMAND, Launch
+from loraport.serve.engine.quantised import require_packages
+from loraport.serve.gateway.app import create_app
+from loraport.serve.gateway.calls import log_to
+from loraport.serve.gateway.server import Running as Gateway
+from loraport.serve.gateway.server import run_in_thread
+from loraport.serve.gateway.settings import GatewaySettings
+from loraport.serve.gateway.state import EngineState, Model, Phase
 from loraport.serve.plan.choose import plan, require_shape
 from loraport.serve.plan.hardware import read_device
-from loraport.serve.plan.on_cpu import BLOCK
 from loraport.serve.plan.settings import Plan, Wanted
-from loraport.serve.proof import prompts
-from loraport.serve.proof.together import check_together
-from loraport.serve.proof.verify import Verified, verify
-from loraport.train.adapters import Adapter
-from loraport.train.base_model import Base, chat_template
+from loraport.serve.supervise import Keeper, Running
+from loraport.train.adapters import Adapter, open_adapter
+from loraport.train.base_model import Base
+from loraport.train.manifest import Manifest
 
-WATCH_S = 1.0
+HELD_S = 1.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -54,10 +66,17 @@ class Request:
     engine_command: str | None
     more: list[str]
     json: bool
+    drain_s: float
+    merge: str | None = None
+    origins: tuple[str, ...] = ()
 
 
 class Stop(BaseException):
-    """Ctrl-C or SIGTERM. Not an Exception, so that nothing on the way takes it for a failure."""
+    """Ctrl-C or SIGTERM: its `number`. Not an Exception, so that nothing on the way takes it for a failure."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def serve(request: Request, home: Home) -> None:
@@ -65,33 +84,93 @@ def serve(request: Request, home: Home) -> None:
     began = time.monotonic()
     try:
         with stop_signals():
-            launch = prepare(request, home)
-            say_plan(launch)
-            run(launch, request, home, began)
+            end_earlier(home)
+            for warning in checks.open_to_others(request.host, home):
+                say(warning, "yellow")
+            checks.check_port(request.host, request.port, home)
+            state = EngineState()
+            state.begin(Phase.STARTING, "checking adapters and base")
+            with open_gateway(request, home, state) as gateway:
+                launch = prepare(request, home)
+                say_plan(launch)
+                Service(launch, request, home, state, gateway, began).run()
     except Stop:
         say("stopped.")
 
 
-def prepare(request: Request, home: Home) -> Launch:
-    """Everything that can be known before the engine is started."""
+def end_earlier(home: Home) -> None:
+    """End what an earlier `loraport serve` left behind when it was killed."""
     ended = end_leftovers(home)
     if ended:
         say(f"ended {ended} process{'es' if ended > 1 else ''} that an earlier `loraport serve` left behind.", "yellow")
+
+
+def open_gateway(request: Request, home: Home, state: EngineState) -> Gateway:
+    """Take the port. From now on everybody gets an answer, if only when to come back."""
+    log_to(home.ensure(home.logs) / f"gateway-{request.port}.log")
+    usage = home.ensure(home.root / "usage") / f"{request.port}.json"
+    keys = home.root / "keys.json"
+    settings = GatewaySettings(request.host, request.port, keys, usage, origins=request.origins)
+    return run_in_thread(create_app(state, settings), request.host, request.port)
+
+
+def prepare(request: Request, home: Home) -> Launch:
+    """Everything that can be known before the engine is started; and a merged base, which takes as long as its disk."""
     command = checks.split_command(request.engine_command) or DEFAULT_COMMAND
-    warnings = checks.open_to_others(request.host)
-    checks.check_port(request.host, request.port, home)
     version = versions.engine_version(list(command), is_ours=request.engine_command is None)
-    adapters = checks.open_adapters(home, request.adapters, version)
-    checks.check_template_kwargs(adapters)
-    base = checks.find_base(request.model, adapters)
     device = read_device(request.wanted.tensor_parallel)
     require_disk(home.cache, checks.GPU_CACHE_BYTES if device.kind == "cuda" else checks.CACHE_BYTES, "the engine")
-    chosen = make_plan(request.wanted, base, adapters, device, versions.spare_slots(version, device.kind))
-    chosen = replace(chosen, warnings=(*chosen.warnings, *warnings))
+    adapters, base = find_merged(request, home) if request.merge else find_served(request, home, version)
+    slotted = [] if request.merge else adapters
+    chosen = make_plan(request.wanted, base, slotted, device, versions.spare_slots(version, device.kind))
+    require_packages(chosen, command, version, is_ours=request.engine_command is None)
     checks.check_golden_fit(adapters, chosen.context)
     names = checks.name_base(base, adapters)
-    launch = Launch(command, version, base, names, tuple(adapters), chosen, device, request.host, request.port)
-    return replace(launch, generation_config=write_generation_config(launch, home), more=tuple(request.more))
+    if request.merge:
+        with console.status(f"merging {adapters[0].manifest.name} into its base"):
+            base = merge.merged(base, adapters[0], home)
+        names = (adapters[0].manifest.name,)
+        chosen = replace(chosen, warnings=(*chosen.warnings, *merge.notes(adapters[0])))
+    manifests = [adapter.manifest for adapter in adapters]
+    family = read_family(base, manifests, version)
+    chosen = replace(chosen, choices=(*chosen.choices, *family.choices, *sampling.choices(base, manifests)))
+    return Launch(
+        command,
+        version,
+        base,
+        names,
+        tuple(slotted),
+        chosen,
+        device,
+        request.port,
+        socket_path(home, request.port),
+        generation_config=write_generation_config(base, manifests, request.port, home),
+        family=family,
+        merged=adapters[0] if request.merge else None,
+        more=tuple(request.more),
+    )
+
+
+def find_served(request: Request, home: Home, version: versions.Version) -> tuple[list[Adapter], Base]:
+    """The adapters to serve and their base: as asked for, or what the port served last."""
+    references, model = request.adapters, request.model
+    if not references and not model:
+        registered = Catalog(home, request.port).registered()
+        references, model = list(registered.references), registered.base
+    adapters = checks.open_adapters(home, references, version, model)
+    checks.check_template_kwargs(adapters)
+    return adapters, checks.find_base(model, adapters)
+
+
+def find_merged(request: Request, home: Home) -> tuple[list[Adapter], Base]:
+    """The adapter to merge, which may be of any rank, and its base."""
+    if request.adapters:
+        raise UsageError(
+            f"--merge {request.merge} serves that adapter alone, not {', '.join(request.adapters)} too.",
+            "serve the others on another port, or all of them without --merge",
+        )
+    adapter = open_adapter(home, request.merge or "")
+    return [adapter], checks.find_base(request.model, [adapter])
 
 
 def make_plan(wanted: Wanted, base: Base, adapters: list[Adapter], device: Device, spare_slots: int) -> Plan:
@@ -100,12 +179,12 @@ def make_plan(wanted: Wanted, base: Base, adapters: list[Adapter], device: Devic
     return plan(wanted, shape, [adapter.manifest for adapter in adapters], device, spare_slots)
 
 
-def write_generation_config(launch: Launch, home: Home) -> Path | None:
-    """A folder with the base's generation_config.json plus the adapters' stop tokens, where the base lacks them."""
-    config = checks.stop_token_config(launch.base, list(launch.adapters))
+def write_generation_config(base: Base, manifests: list[Manifest], port: int, home: Home) -> Path | None:
+    """A folder with the generation_config.json for the engine, where the base's own will not do."""
+    config = sampling.engine_config(base, manifests)
     if config is None:
         return None
-    folder = home.ensure(home.cache / "generation" / str(launch.port))
+    folder = home.ensure(home.cache / "generation" / str(port))
     write_json(folder / "generation_config.json", config)
     return folder
 
@@ -116,109 +195,132 @@ def say_plan(launch: Launch) -> None:
     width = max(len(choice.name) for choice in launch.plan.choices)
     for choice in launch.plan.choices:
         say(f"  {choice.name:{width}}  {choice.value}  ({choice.reason})")
-    if launch.generation_config:
-        say("  the adapters' stop tokens were added to those of the base")
     for warning in launch.plan.warnings:
         say(warning, "yellow")
 
 
-def run(launch: Launch, request: Request, home: Home, began: float) -> None:
-    """Start, verify, tell and watch; whatever happens, nothing is left running."""
-    engine = Engine(launch, home)
-    record = None
-    try:
-        say(f"  log         {engine.log_path}")
-        url = report.base_url(launch)
-        names = [adapter.manifest.name for adapter in launch.adapters]
+class Service:
+    """An engine that is kept, behind a gateway that is open."""
+
+    def __init__(
+        self, launch: Launch, request: Request, home: Home, state: EngineState, gateway: Gateway, began: float
+    ) -> None:
+        self.request, self.home, self.state, self.gateway, self.began = request, home, state, gateway, began
+        self.keeper = Keeper(launch, home, state, self.bring_up)
+        self.url = report.base_url(request.host, request.port)
+        self.live = Live(
+            state,
+            home,
+            launch.base,
+            launch.base_names[0],
+            launch.plan,
+            launch.version,
+            in_flight=gateway.in_flight,
+            on_spoiled=self.keeper.spoil,
+            port=request.port,
+        )
+        gateway.gateway.adapters = self.live  # for the admin routes
+        self.restored: list[Restored] = []
+        self.record: EndpointRecord | None = None
+
+    def run(self) -> None:
+        """Start, tell, keep; whatever happens, nothing is left running."""
         try:
-            timeline = wait_ready(engine, url, [*launch.base_names, *names])
-        except EngineError:
-            shorter = with_context_that_fits(launch, list(engine.last))
-            if shorter is None:
-                raise
-            stop(engine)
-            launch, engine = shorter, Engine(shorter, home)
-            timeline = wait_ready(engine, url, [*launch.base_names, *names])
-        launch = with_context_found(launch, url)
-        verified = verify_all(launch, url)
-        timeline.see_end("verification", time.monotonic() - engine.started)
-        record = EndpointRecord(
-            base_url=url,
-            port=launch.port,
-            models=[*launch.base_names, *names],
+            running = self.keeper.start()
+            self.tell(running)
+            self.keep()
+        finally:
+            with ignored_signals():
+                if self.record:
+                    self.record.path(self.home).unlink(missing_ok=True)
+                self.gateway.stop()
+                self.keeper.end()
+
+    def keep(self) -> None:
+        """Until a signal comes. An engine that stays down is told of, and then raised when the signal comes."""
+        try:
+            self.keeper.watch()
+        except LoraportError as error:
+            say(f"error: {error.message}", "bold red")
+            say(f"requests are answered with 503 and this reason; Ctrl-C ends it. {error.hint}")
+            with suppress(Stop):
+                while True:
+                    time.sleep(HELD_S)
+            raise
+        except Stop as stop:
+            if stop.number == signal.SIGTERM:
+                self.drain()
+            raise
+
+    def drain(self) -> None:
+        """Let the requests that run come to their ends; a second signal cuts that short."""
+        self.state.begin(Phase.DRAINING, "it is being stopped")
+        waiting = len(self.gateway.gateway.running)
+        if waiting:
+            say(f"waiting up to {self.request.drain_s:.0f} s for {waiting} requests; a second signal ends them.")
+        with suppress(Stop):
+            self.gateway.stop(self.request.drain_s)
+
+    def bring_up(self, running: Running) -> list[Model]:
+        """Adapters loaded and proven. One that fails ends the first start; after a restart it is left out, and told."""
+        launch, is_first = running.launch, self.record is None
+        if launch.merged:
+            return self.bring_up_merged(running, launch.merged)
+        self.state.put(base_model(launch))
+        self.live.connect(running.client, launch.plan)
+        with console.status("loading adapters and replaying recorded replies"):
+            restored = self.live.restore(launch.adapters if is_first else None)
+        running.timeline.see_end("verification", time.monotonic() - running.engine.started)
+        for result in restored:
+            if result.error and is_first:
+                raise result.error
+            if result.error:
+                say(f"{result.adapter.manifest.name} is not served: {result.error.message}", "yellow")
+            for warning in result.loaded.warnings if result.loaded else ():
+                say(warning, "yellow")
+        self.restored = restored
+        return [base_model(launch), *self.live.models]
+
+    def bring_up_merged(self, running: Running, adapter: Adapter) -> list[Model]:
+        """The adapter that is in the weights, proven under its own name."""
+        launch = running.launch
+        with console.status("replaying recorded replies"):
+            loaded = merge.prove_merged(running.client, adapter, launch.base, launch.plan)
+        running.timeline.see_end("verification", time.monotonic() - running.engine.started)
+        self.restored = [Restored(adapter, loaded)]
+        name, version = adapter.manifest.name, adapter.manifest.version
+        model = model_of(loaded, name, (f"{name}:latest", f"{name}@{version}"), "base", launch.plan.context)
+        return [replace(model, engine_name=name, parent=adapter.manifest.base.model)]
+
+    def tell(self, running: Running) -> None:
+        """The record for other commands, and what a person wants to know."""
+        launch = running.launch
+        names = [result.loaded.name for result in self.restored if result.loaded]
+        self.record = EndpointRecord(
+            base_url=self.url,
+            port=self.request.port,
+            models=list(dict.fromkeys([*launch.base_names, *names])),
             adapters=names,
             max_model_len=launch.plan.context,
             process=process_identity(os.getpid()),
-            engine=engine.identity,
+            engine=running.engine.identity,
+            admin_key=self.gateway.gateway.ring.issue(),
         )
-        record.write(home)
-        ready = report.Ready(launch, url, verified, timeline.seconds, time.monotonic() - began)
-        if request.json:
+        self.record.write(self.home)
+        took = time.monotonic() - self.began
+        loaded = [result.loaded for result in self.restored if result.loaded]
+        ready = report.Ready(launch, self.url, loaded, running.timeline.seconds, took, self.gateway.gateway.ring.asks)
+        if self.request.json:
             print_json(report.as_json(ready))
         report.say_ready(ready)
-        watch(engine)
-    finally:
-        with ignored_signals():
-            if record:
-                record.path(home).unlink(missing_ok=True)
-            stop(engine)
 
 
-def with_context_that_fits(launch: Launch, lines: list[str]) -> Launch | None:
-    """The launch with the context that vLLM said would fit, in whole blocks, where it refused to start with ours.
-
-    None where it said nothing of it, or nothing shorter, or too little to replay the adapters' recorded replies.
-    """
-    named = versions.named_context(lines)
-    context = (named or 0) // BLOCK * BLOCK
-    if not 0 < context < launch.plan.context:
-        return None
-    with suppress(UsageError):
-        checks.check_golden_fit(list(launch.adapters), context)
-        say(
-            f"warning: vLLM has no room for a context of {launch.plan.context:,} tokens; it is started again with "
-            f"{context:,}, which it says will fit.",
-            "yellow",
-        )
-        return replace(launch, plan=replace(launch.plan, context=context, is_auto=False))
-    return None
-
-
-def with_context_found(launch: Launch, url: str) -> Launch:
-    """The launch with the context that vLLM has found by itself, where that was left to it."""
-    found = served_context(url) if launch.plan.is_auto else None
-    return replace(launch, plan=replace(launch.plan, context=found)) if found else launch
-
-
-def verify_all(launch: Launch, url: str) -> list[Verified]:
-    """Prompts, replies one by one, replies all at once: the first adapter that fails ends the start."""
-    manifests = [adapter.manifest for adapter in launch.adapters]
-    is_dated = prompts.is_dated(chat_template(launch.base))
-    with console.status("replaying recorded replies"):
-        for warning in [prompts.check(url, manifest, is_dated) for manifest in manifests]:
-            if warning:
-                say(warning, "yellow")
-        verified = [verify(url, manifest, launch.plan.dtype) for manifest in manifests]
-        check_together(url, launch.base_names[0], manifests, launch.plan.dtype)
-    return verified
-
-
-def watch(engine: Engine) -> None:
-    """Wait for a signal, which ends this as Stop, or for the engine's death, which is an EngineError."""
-    while engine.wait(WATCH_S) is None:
-        while not engine.lines.empty():  # the log file has them; this queue must not grow
-            engine.lines.get()
-    engine.drain.join(2)
-    raise explain_death(engine, "while serving")
-
-
-def stop(engine: Engine) -> None:
-    """End the engine and say so where it takes a while."""
-    if engine.status is None:
-        with console.status("stopping the engine"):
-            engine.stop()
-    else:
-        engine.stop()
+def base_model(launch: Launch) -> Model:
+    """The base as the gateway lists it."""
+    first, *others = launch.base_names
+    return Model(
+        first, root=launch.base.short_name, max_model_len=launch.plan.context, aliases=tuple(others), engine_name=first
+    )
 
 
 @contextmanager
@@ -226,7 +328,7 @@ def stop_signals() -> Iterator[None]:
     """Turn Ctrl-C, SIGTERM and the end of the terminal into Stop."""
 
     def raise_stop(number: int, frame: FrameType | None) -> None:
-        raise Stop
+        raise Stop(number)
 
     before = {number: signal.signal(number, raise_stop) for number in STOP_SIGNALS}
     try:

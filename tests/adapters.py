@@ -1,6 +1,8 @@
 """A small real adapter for the tests: random A and B on a tiny base, with the replies that PEFT gives to it."""
 
+from math import prod
 from pathlib import Path
+from typing import Any
 
 from loraport.clients.home import Home
 from loraport.train.base_model import Base, identify
@@ -10,8 +12,8 @@ PROMPTS = ("Where is the key?", "Name a colour.", "Who wrote this module?")
 TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def make_tiny_adapter(home: Path, base_folder: Path, name: str, seed: int = 1, rank: int = 8) -> Path:
-    """Write adapters/<name>/v1 in `home` for the base in `base_folder`; return the folder.
+def make_tiny_adapter(home: Path, base_folder: Path, name: str, seed: int = 1, rank: int = 8, **lora: Any) -> Path:
+    """Write adapters/<name>/v1 in `home` for the base in `base_folder`; return the folder. `lora`: more of LoraConfig.
 
     B is random, not zero as at the start of a training, so that the adapter's replies differ clearly from the base's.
     """
@@ -25,9 +27,10 @@ def make_tiny_adapter(home: Path, base_folder: Path, name: str, seed: int = 1, r
     folder = Home(home).adapters / name / "v1"
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     torch.manual_seed(seed)
-    model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS))
+    settings: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "target_modules": TARGETS}
+    model = get_peft_model(base, LoraConfig(**settings | lora))
     for key, parameter in model.named_parameters():
-        if "lora_B" in key:
+        if "lora_B" in key or "lora_embedding_A" in key:
             torch.nn.init.normal_(parameter, std=0.2)
     model.eval()
     model.save_pretrained(folder)
@@ -46,7 +49,7 @@ def write_manifest(
     from loraport.train.weights import read_safetensors_shapes
 
     weights = folder / WEIGHTS
-    parameters = sum(shape[0] * shape[1] for shape in read_safetensors_shapes(weights, AdapterError).values())
+    parameters = sum(prod(shape) for shape in read_safetensors_shapes(weights, AdapterError).values())
     Manifest(
         name=name,
         version="v1",

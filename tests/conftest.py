@@ -22,7 +22,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # The tests of this process are the same on every machine; only the real engine may see a GPU.
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-for variable in ("OPENAI_API_BASE", "OPENAI_BASE_URL", "OPENAI_API_KEY", "LORAPORT_HOME"):
+for variable in ("OPENAI_API_BASE", "OPENAI_BASE_URL", "OPENAI_API_KEY", "LORAPORT_API_KEY", "LORAPORT_HOME"):
     os.environ.pop(variable, None)
 
 

@@ -5,17 +5,23 @@ It answers golden prompts from the manifests of the adapters it is given. What i
     FAKE_WORDING=0.25        log lines of that version (default 0.32)
     FAKE_START_S=2           seconds from spawn to ready
     FAKE_CRASH=weights       die at that phase, with FAKE_LAST_WORDS as its last lines and status FAKE_STATUS
+    FAKE_TOO_LONG=700        die so while its cache is made where the context is longer
     FAKE_REPLIES=base        answer for adapters as the base does; `garbage`: as nobody does; default `golden`;
                              `mixed`: for the base as an adapter does, while one is asked too, as vLLM's CPU kernels do;
                              `other base`: for the base as nobody does, as after a training on its 4-bit weights
     FAKE_HIDE=demo           do not list that model
+    FAKE_REFUSE=demo@v2      refuse to load that adapter, as vLLM does where its weights do not fit
+    FAKE_WRONG=demo@v2       answer for that adapter as the base does
     FAKE_TOKEN_S=0.05        seconds for each token
     FAKE_CROWD_S=60          seconds that a request takes while another one is asked
     FAKE_IGNORE_SIGTERM=1    survive SIGTERM
+    FAKE_FREEZE=/a/file      while that file exists, requests are not answered
+    FAKE_BUSY=1              what /metrics counts goes on moving, frozen or not
     FAKE_GRANDCHILD=1        start a process of its own that outlives it, as a crashed vLLM does
 
 Asked anything else than a golden prompt (chat, streams, text), it answers `max_tokens` words and refuses prompts beyond
-its context in the words of FAKE_WORDING. A word is a token. GET /seen shows what reached it. For these replies:
+its context in the words of FAKE_WORDING. A word is a token. GET /seen shows what reached it, GET /slots which adapter
+is in which of --max-loras slots; POST /knob sets one of these while it runs. For these replies:
 
     FAKE_DIE_AT=5            die after that many words of a stream
     FAKE_HANG_AT=5           say nothing more after that many words
@@ -64,6 +70,7 @@ front end|(EngineCore pid=9) INFO 06-01 10:02:44 [core.py:210] init engine (prof
 front end|(APIServer pid=7) INFO 06-01 10:02:45 [api_server.py:1634] Starting vLLM API server 0 on http://0.0.0.0:8000""",
 }
 GARBAGE = 7
+LONG = 64  # tokens of a reply that is company for others
 REPLIES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
@@ -90,12 +97,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--model", required=True)
     parser.add_argument("--served-model-name", nargs="+", required=True)
-    parser.add_argument("--host", required=True)
-    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--uds")
     parser.add_argument("--max-model-len", type=int, required=True)
     parser.add_argument("--lora-modules", nargs="*", type=json.loads, default=[])
     parser.add_argument("--default-chat-template-kwargs", type=json.loads, default={})
+    parser.add_argument("--max-loras", type=int, default=1)
     return parser.parse_known_args(arguments)[0]
 
 
@@ -122,8 +130,46 @@ class Models:
         for module in options.lora_modules:
             self.manifests[module["name"]] = json.loads((Path(module["path"]) / "loraport.json").read_text())
         self.golden = {name: manifest["golden"] for name, manifest in self.manifests.items()}
+        self.slots: list[str | None] = [None] * options.max_loras
+        self.recent: list[str] = []  # adapters in slots, that asked least recently first
         self.lock = threading.Lock()
         self.asked: list[str] = []  # models of the requests that are being answered
+
+    def load(self, body: dict[str, Any]) -> tuple[int, str]:
+        """(status, words) of loading an adapter while the engine runs, as vLLM answers."""
+        name, folder = body["lora_name"], Path(body["lora_path"])
+        if name in self.names:
+            return 400, f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place,"
+        if not folder.is_dir():
+            return 404, f"Loading lora {name} failed: No adapter found for {folder}"
+        if name == knob("REFUSE"):
+            return 500, "Call to add_lora method failed: LoRA rank 64 is greater than max_lora_rank 16."
+        path = folder / "loraport.json"
+        if path.is_file():
+            self.manifests[name] = json.loads(path.read_text())
+            self.golden[name] = self.manifests[name]["golden"]
+        self.names.append(name)
+        self.touch(name)
+        return 200, f"Success: LoRA adapter '{name}' added successfully."
+
+    def unload(self, body: dict[str, Any]) -> tuple[int, str]:
+        """(status, words) of unloading one: the name goes, its slot stays as it is."""
+        name = body["lora_name"]
+        if name not in self.names or name in self.bases:
+            return 404, f"The lora adapter '{name}' cannot be found."
+        self.names.remove(name)
+        return 200, f"Success: LoRA adapter '{name}' removed successfully."
+
+    def touch(self, name: str) -> None:
+        """An adapter is asked: where it is in no slot, it gets the first free one, or that of the one asked least."""
+        with self.lock:
+            if name in self.recent:
+                self.recent.remove(name)
+            elif None not in self.slots:
+                self.slots[self.slots.index(self.recent.pop(0))] = None
+            if name not in self.slots:
+                self.slots[self.slots.index(None)] = name
+            self.recent.append(name)
 
     def is_golden(self, body: dict[str, Any]) -> bool:
         """Whether a request is one of a verification: a recorded conversation, or a prompt of tokens, unstreamed."""
@@ -135,7 +181,7 @@ class Models:
         with self.lock:
             self.asked.append(model)
         try:
-            time.sleep(0.2 if knob("REPLIES") == "mixed" else 0)
+            time.sleep(0 if knob("REPLIES") != "mixed" else 0.2 if most < LONG else 1)
             time.sleep(float(knob("CROWD_S", "0")) if len(self.asked) > 1 else 0)
             return self.choose(model, prompt, most)
         finally:
@@ -144,7 +190,7 @@ class Models:
 
     def who_answers(self, model: str) -> str:
         """`base`, `adapter`, or `nobody`."""
-        replies, is_base = knob("REPLIES"), model in self.bases
+        replies, is_base = knob("REPLIES"), model in self.bases or model in knob("WRONG").split(",")
         if replies == "garbage" or (replies == "other base" and is_base):
             return "nobody"
         if replies == "mixed" and is_base and set(self.asked) - set(self.bases):
@@ -154,7 +200,7 @@ class Models:
     def tokenize(self, model: str, messages: list[dict[str, str]]) -> list[int]:
         """A golden prompt's tokens; others when the template is told something else than in training."""
         manifest = self.manifests[model]
-        [tokens] = [golden["prompt_tokens"] for golden in manifest["golden"] if golden["messages"] == messages]
+        tokens, *_ = [golden["prompt_tokens"] for golden in manifest["golden"] if golden["messages"] == messages]
         return [*tokens[:-1], GARBAGE] if self.template_kwargs != manifest["chat_template_kwargs"] else tokens
 
     def choose(self, model: str, prompt: list[int], most: int) -> dict[str, Any]:
@@ -168,7 +214,8 @@ class Models:
             start = len(prompt) - len(golden["prompt_tokens"])
             if start >= 0 and whole[: len(prompt)] == prompt:
                 return self.choice(known["tokens"][start:], known["logprobs"][start:], known, most)
-        return self.choice([GARBAGE] * most, [-1.0] * most, {"text": "?" * most, "stopped": False}, most)
+        logprob = -1.5 if who == "adapter" and model not in self.manifests else -1.0
+        return self.choice([GARBAGE] * most, [logprob] * most, {"text": "?" * most, "stopped": False}, most)
 
     def choice(self, tokens: list[int], logprobs: list[float], known: dict[str, Any], most: int) -> dict[str, Any]:
         """What vLLM puts into `choices`."""
@@ -242,8 +289,12 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, {"object": "list", "data": listed})
         elif self.path == "/seen":
             self.answer(200, vars(self.seen))
+        elif self.path == "/slots":
+            self.answer(200, {"slots": self.models.slots})
         elif self.path == "/metrics":
-            self.send(200, b"# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 0.0\n", "text/plain")
+            counted = time.monotonic() if knob("BUSY") else 0
+            gauge = "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 0.0\n"
+            self.send(200, f"{gauge}vllm:prompt_tokens_total {counted}\n".encode(), "text/plain")
         else:
             self.answer(404, {"error": {"message": "Not Found", "code": 404}})
 
@@ -252,10 +303,19 @@ class Handler(BaseHTTPRequestHandler):
         raw = self.rfile.read(int(self.headers["Content-Length"])) or b"{}"
         body = json.loads(raw)
         self.seen.requests.append({"path": self.path, "headers": dict(self.headers), "body": raw.decode()})
+        while knob("FREEZE") and Path(knob("FREEZE")).exists():
+            time.sleep(0.02)
         if self.path == "/die":
             log("(EngineCore pid=9) ERROR 11-21 23:30:00 [core.py:1] RuntimeError: the fake was told to die")
             os._exit(9)
-        if body.get("model") not in self.models.names:
+        if body.get("model") in self.models.names and body["model"] not in self.models.bases:
+            self.models.touch(body["model"])
+        if self.path == "/knob":
+            os.environ.update({f"FAKE_{name}": value for name, value in body.items()})
+            self.answer(200, {})
+        elif self.path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+            self.change(*(self.models.load if "/load" in self.path else self.models.unload)(body))
+        elif body.get("model") not in self.models.names:
             self.answer(404, {"error": {"message": f"The model `{body.get('model')}` does not exist.", "code": 404}})
         elif self.path == "/v1/embeddings":
             self.answer(404, {"detail": "Not Found"})
@@ -270,6 +330,13 @@ class Handler(BaseHTTPRequestHandler):
         else:
             choice = self.models.reply(body["model"], body["prompt"], body["max_tokens"])
             self.answer(200, {"object": "text_completion", "model": body["model"], "choices": [choice]})
+
+    def change(self, status: int, words: str) -> None:
+        """The answer to a change of adapters: plain words, or an error."""
+        if status == 200:
+            return self.send(200, words.encode(), "text/plain")
+        kinds = {400: "InvalidUserInput", 404: "NotFoundError", 500: "InternalServerError"}
+        return self.answer(status, {"error": {"message": words, "type": kinds[status], "param": None, "code": status}})
 
     def write_words(self, body: dict[str, Any]) -> None:
         """A reply of as many words as were asked for, whole or as a stream."""
@@ -383,6 +450,8 @@ def main() -> None:
     if knob("GRANDCHILD"):
         sleeper = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
         subprocess.Popen([sys.executable, "-c", sleeper])
+    if knob("TOO_LONG") and options.max_model_len > int(knob("TOO_LONG")):
+        os.environ["FAKE_CRASH"] = "KV cache"
     run_phases()
     Handler.models = Models(options)
     make_server(options).serve_forever()

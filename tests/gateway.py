@@ -36,10 +36,16 @@ def asking(content: str = "hi", **more: Any) -> dict[str, Any]:
 class FakeEngine:
     """The engine as a process."""
 
-    def __init__(self, uds: Path | None = None, **knobs: str) -> None:
+    def __init__(
+        self,
+        uds: Path | None = None,
+        called: tuple[str, ...] = ("base", "demo", "demo@3"),
+        slots: int = 1,
+        **knobs: str,
+    ) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"
         fake = [sys.executable, str(Path(__file__).with_name("fake_engine.py")), "--model", "m"]
-        names = ["--served-model-name", "base", "demo", "demo@3"]
+        names = ["--served-model-name", *called, "--max-loras", str(slots)]
         where = ["--host", "127.0.0.1", "--port", self.url.rpartition(":")[2], *(["--uds", str(uds)] if uds else [])]
         environment = os.environ | {f"FAKE_{name.upper()}": value for name, value in knobs.items()}
         self.process = subprocess.Popen(

@@ -72,7 +72,7 @@ def test_every_command_has_help_without_torch(command: str) -> None:
 def test_the_help_of_a_group_and_of_its_commands() -> None:
     words = help_of("adapters")
     listed = dict(re.findall(r"^  (\w+) {2,}(.*)$", words.split("Commands:")[1], re.M))
-    assert set(listed) == {"list", "show"}
+    assert set(listed) == {"list", "show", "load", "unload", "rollback", "verify", "remove"}
     for name, line in listed.items():
         assert line.endswith(".") and "..." not in line, "a help line is cut off at 80 columns"
         assert line in help_of("adapters", name)

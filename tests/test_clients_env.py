@@ -3,12 +3,21 @@
 import json
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 import openai
 import pytest
 
 from loraport.clients.cli import env
-from loraport.clients.endpoint import EndpointRecord, endpoint_errors, find_base_url, process_identity, read_records
+from loraport.clients.endpoint import (
+    EndpointRecord,
+    api_key,
+    endpoint_errors,
+    find_base_url,
+    process_identity,
+    read_records,
+)
 from loraport.clients.errors import EndpointError, http_errors
 from loraport.clients.home import Home
 from loraport.clients.models import ModelCard, choose_model, connect, context_length, list_models
@@ -52,9 +61,73 @@ def test_a_real_key_is_printed_only_when_asked_for(
         env(endpoint.base_url, json=json_wanted)
         captured = capfd.readouterr()
         assert "sk-secret" not in captured.out + captured.err
-        assert "is set already" in captured.err
+        assert "is set already, in OPENAI_API_KEY" in captured.err
         env(endpoint.base_url, show_key=True, json=json_wanted)
         assert "sk-secret" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("others", [{}, {"OPENAI_API_KEY": "sk-of-openai"}])
+def test_our_own_key_is_referred_to_and_wins(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, others: dict[str, str]
+) -> None:
+    for name, value in {"LORAPORT_API_KEY": " lp-mine\n", **others}.items():
+        monkeypatch.setenv(name, value)
+    assert api_key() == "lp-mine"
+    with FakeOpenAI({"demo": silent}, Knobs(key="lp-mine")) as endpoint:
+        env(endpoint.base_url)
+        captured = capfd.readouterr()
+        assert "# models: demo" in captured.err
+        assert "lp-mine" not in captured.out + captured.err
+        asked = captured.out + 'echo "$OPENAI_API_KEY"'
+        environment = {"LORAPORT_API_KEY": "lp-mine", **others}
+        said = subprocess.run(["sh", "-c", asked], env=environment, capture_output=True, text=True, check=True).stdout
+        assert said == "lp-mine\n"
+        env(endpoint.base_url, show_key=True)
+        assert "export OPENAI_API_KEY=lp-mine\n" in capfd.readouterr().out
+
+
+def test_anthropics_clients(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeOpenAI({"base": silent, "demo": silent}, Knobs(context=40_960)) as endpoint:
+        env(endpoint.base_url, anthropic=True, json=True)
+        values = json.loads(capfd.readouterr().out)
+        monkeypatch.setenv("OPENAI_API_KEY", "lp-mine")
+        env(endpoint.base_url, anthropic=True)
+        lines = capfd.readouterr().out
+    assert values["ANTHROPIC_BASE_URL"] == endpoint.origin  # without /v1
+    assert values["ANTHROPIC_AUTH_TOKEN"] == "loraport"
+    assert values["ANTHROPIC_MODEL"] == values["ANTHROPIC_SMALL_FAST_MODEL"] == "demo"
+    assert values["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] == "8192"
+    assert values["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] == "40960"
+    assert not any(name.startswith("OPENAI") for name in values)
+    assert 'export ANTHROPIC_AUTH_TOKEN="$OPENAI_API_KEY"\n' in lines and "lp-mine" not in lines
+
+
+@pytest.mark.parametrize("variable", [None, "LORAPORT_API_KEY", "OPENAI_API_KEY"])
+@pytest.mark.parametrize("command", ["chat", "eval", "aider"])
+def test_a_wrong_or_missing_key_is_a_sentence_that_says_how_to_make_one(
+    command: str, variable: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if variable:
+        monkeypatch.setenv(variable, "lp-wrong")
+    monkeypatch.setenv("AIDER", "/bin/true")
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}) + "\n"
+    )
+    more = ["--data", str(tmp_path / "rows.jsonl")] if command == "eval" else []
+    with FakeOpenAI({"demo": silent}, Knobs(key="lp-right")) as endpoint:
+        line = [sys.executable, "-m", "loraport_cli", command, "--base-url", endpoint.base_url, *more]
+        done = subprocess.run(line, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "refuses the API key: Unauthorized." in done.stderr and "loraport keys create NAME" in done.stderr
+    assert "lp-wrong" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_endpoint_that_starts_or_forbids_says_so() -> None:
+    with FakeOpenAI({"demo": silent}, Knobs(statuses=(503, 403))) as endpoint:
+        client = connect(endpoint.base_url)
+        for words in ("cannot answer now: as ordered", "does not allow it: as ordered"):
+            with pytest.raises(EndpointError, match=words), endpoint_errors(endpoint.base_url):
+                client.chat.completions.create(model="demo", messages=[{"role": "user", "content": "a"}])
 
 
 def test_json(capfd: pytest.CaptureFixture[str]) -> None:

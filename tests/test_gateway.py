@@ -67,10 +67,10 @@ def test_the_official_client_works(gate: Gated) -> None:
     assert refused.value.code == "context_length_exceeded"
 
 
+ADMINS = [("POST", "/v1/load_lora_adapter"), ("POST", "/v1/unload_lora_adapter")]  # answered here, for admin keys
 FORBIDDEN = [
+    *ADMINS,
     ("POST", "/invocations"),
-    ("POST", "/v1/load_lora_adapter"),
-    ("POST", "/v1/unload_lora_adapter"),
     ("POST", "/die"),
     ("POST", "/v1/chat/completions/"),
     ("POST", "//v1/chat/completions"),
@@ -94,8 +94,9 @@ def test_what_is_not_allowed_is_never_forwarded(gate: Gated, method: str, path: 
     with connection:  # a client library would tidy the path up
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
-    assert answer.startswith(b"HTTP/1.1 404")
-    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "unknown_route"
+    status, code = (b"403", "admin_only") if (method, path) in ADMINS else (b"404", "unknown_route")
+    assert answer.startswith(b"HTTP/1.1 " + status)
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == code
     assert len(gate.engine.seen()["requests"]) == before
 
 

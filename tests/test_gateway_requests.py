@@ -11,6 +11,7 @@ from loraport.serve.gateway.body import Body
 from loraport.serve.gateway.calls import loggable, request_id
 from loraport.serve.gateway.refusals import Refusal, not_ready
 from loraport.serve.gateway.state import EngineState, Model, Phase, Snapshot
+from loraport.serve.gateway.upstream import HiddenUsage
 
 CHAT = "/v1/chat/completions"
 
@@ -72,22 +73,29 @@ def test_a_request_fits_surely_when_its_bytes_do(more: dict[str, Any]) -> None:
     assert not context.fits_surely(CHAT, picture, 100000, 1)
 
 
-QUESTIONS = [
-    ("/v1/completions", {"prompt": "a"}, [{"prompt": "a"}]),
-    ("/v1/completions", {"prompt": ["a", "b"]}, [{"prompt": "a"}, {"prompt": "b"}]),
+TOKENIZE, COUNT = "/tokenize", "/v1/messages/count_tokens"
+QUESTIONS: list[tuple[str, dict[str, Any], list[tuple[str, dict[str, Any]]]]] = [
+    ("/v1/completions", {"prompt": "a"}, [(TOKENIZE, {"prompt": "a"})]),
+    ("/v1/completions", {"prompt": ["a", "b"]}, [(TOKENIZE, {"prompt": "a"}), (TOKENIZE, {"prompt": "b"})]),
+    ("/v1/completions", {"prompt": ["a"] * 17}, []),
     ("/v1/completions", {"prompt": [1, 2]}, []),
-    (CHAT, {"messages": [1], "tools": [2], "top_p": 1}, [{"messages": [1], "tools": [2]}]),
+    (CHAT, {"messages": [1], "tools": [2], "top_p": 1}, [(TOKENIZE, {"messages": [1], "tools": [2]})]),
     ("/v1/responses", {"input": "a", "instructions": "b"}, [
-        {"messages": [{"role": "system", "content": "b"}, {"role": "user", "content": "a"}]}]),
-    ("/v1/messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, [
-        {"messages": [{"role": "user", "content": "a"}]}]),
+        (TOKENIZE, {"messages": [{"role": "system", "content": "b"}, {"role": "user", "content": "a"}]})]),
+    ("/v1/responses", {"input": [{"role": "user", "content": [{"type": "input_text", "text": "a"}]}]}, [
+        (TOKENIZE, {"messages": [{"role": "user", "content": "a"}]})]),
     ("/v1/responses", {"input": [{"type": "other"}]}, []),
+    ("/v1/messages", {"messages": [1], "system": "s", "tools": [2], "max_tokens": 9, "stream": True}, [
+        (COUNT, {"messages": [1], "system": "s", "tools": [2]})]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("path", "fields", "expected"), QUESTIONS)
-def test_what_the_tokenizer_is_asked(path: str, fields: dict[str, Any], expected: list[dict[str, Any]]) -> None:
-    assert context.token_questions(path, parsed(model="m", **fields)) == [{"model": "m", **one} for one in expected]
+def test_what_the_tokenizer_is_asked(
+    path: str, fields: dict[str, Any], expected: list[tuple[str, dict[str, Any]]]
+) -> None:
+    asked = context.token_questions(path, parsed(model="m", **fields))
+    assert asked == [(route, {"model": "m", **one}) for route, one in expected]
 
 
 @pytest.mark.parametrize(("prompt", "tokens"), [([1, 2, 3], 3), ([[1], [1, 2]], 2), ("text", 0), ([], 0), (None, 0)])
@@ -114,7 +122,7 @@ def test_thinking_moves_and_what_was_set_counts_more() -> None:
     body = parsed(enable_thinking=True, chat_template_kwargs={"enable_thinking": False, "x": 1})
     bodies.move_thinking(CHAT, body)
     assert json.loads(body.raw) == {"chat_template_kwargs": {"enable_thinking": False, "x": 1}} == body.fields
-    for odd in ({"enable_thinking": "no"}, {"enable_thinking": True, "chat_template_kwargs": 3}):
+    for odd in ({"enable_thinking": True, "chat_template_kwargs": 3}, {"thinking": 3}, {"reasoning_effort": 1}):
         body = parsed(**odd)
         raw = body.raw
         bodies.move_thinking(CHAT, body)
@@ -122,6 +130,57 @@ def test_thinking_moves_and_what_was_set_counts_more() -> None:
     text = parsed(enable_thinking=True)
     bodies.move_thinking("/v1/completions", text)
     assert text.fields == {"enable_thinking": True}
+
+
+EFFORTS: list[tuple[dict[str, Any], bool | None]] = [
+    ({"output_config": {"effort": "high"}}, False),
+    ({"output_config": {"effort": "high"}, "thinking": {"type": "adaptive"}}, None),
+    ({"output_config": {"effort": "high"}, "thinking": {"type": "enabled", "budget_tokens": 2000}}, True),
+    ({"output_config": {"format": {}}}, None),
+    ({"thinking": {"type": "disabled"}}, False),
+]
+
+
+@pytest.mark.parametrize(("fields", "expected"), EFFORTS)
+def test_effort_without_thinking_is_no_thinking_in_anthropics_api(
+    fields: dict[str, Any], expected: bool | None
+) -> None:
+    body = parsed(**fields)
+    bodies.move_thinking("/v1/messages", body)
+    kwargs = {} if expected is None else {"chat_template_kwargs": {"enable_thinking": expected}}
+    assert body.fields == fields | kwargs
+
+
+USAGE = b'data: {"id":"x","choices":[],"usage":{"prompt_tokens":1}}\n\n'
+EVENTS = [b'data: {"choices":[{"delta":{"content":"a \\"choices\\":[] b"}}]}\n\n', USAGE, b"data: [DONE]\n\n"]
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 1000])
+def test_usage_that_nobody_asked_for_is_taken_out_however_it_is_cut(size: int) -> None:
+    stream, hidden = b"".join(EVENTS), HiddenUsage()
+    pieces = [stream[at : at + size] for at in range(0, len(stream), size)]
+    assert b"".join(map(hidden.take, pieces)) == EVENTS[0] + EVENTS[2] and hidden.rest == b""
+    assert HiddenUsage().take(EVENTS[0] + USAGE) == EVENTS[0]
+    assert HiddenUsage().take(USAGE) == b""
+
+
+@pytest.mark.parametrize(("path", "more", "expected"), [
+    (CHAT, {"stream": True}, True),
+    ("/v1/completions", {"stream": True}, True),
+    (CHAT, {"stream": False}, False),
+    (CHAT, {"stream": True, "stream_options": {}}, False),
+    (CHAT, {"stream": True, "stream_options": None}, False),
+    ("/v1/messages", {"stream": True}, False),
+])  # fmt: skip
+def test_usage_is_asked_for_where_the_client_leaves_it_open(path: str, more: dict[str, Any], expected: bool) -> None:
+    body = parsed(model="m", **more)
+    before = body.raw
+    assert bodies.ask_usage(path, body) is expected
+    if expected:
+        assert json.loads(body.raw) == {"stream_options": {"include_usage": True}, "model": "m", **more}
+        assert body.raw.endswith(before.removeprefix(b"{"))
+    else:
+        assert body.raw is before
 
 
 def test_a_changed_body_keeps_odd_text() -> None:

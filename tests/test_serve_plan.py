@@ -165,7 +165,7 @@ def test_a_cpu_gets_a_slot_that_stays_empty_and_says_why() -> None:
     assert shape is not None
     for count in (1, 12):
         chosen = plan(Wanted(), shape, [manifest(8, f"a{number}") for number in range(count)], LAPTOP, 1)
-        assert chosen.slots == count + 1
+        assert chosen.slots == count + 2
         assert "the last stays empty, because vLLM on a CPU mixes it into the base's" in chosen.choices[-1].reason
     assert plan(Wanted(), shape, [], LAPTOP, 1).slots == 0
 
@@ -219,7 +219,7 @@ def test_flags() -> None:
         (["--seed", "3", "--served-model-name", "x"], "an adapter to the name it was trained under"),
         (["--enable-lora"], "before `--`"),
         (["--lora-modules", "{}"], "before `--`"),
-        (["--api-key", "k"], "a proxy that asks for a key"),
+        (["--api-key", "k"], "loraport keys create"),
         (["--ssl-keyfile", "k"], "TLS"),
         *([[flag, "x"], ""] for flag in ("--host", "--model", "--dtype", "--root-path", "--uds")),
     ],

@@ -20,6 +20,7 @@ from loraport.clients.endpoint import find_base_url, read_records
 from loraport.clients.errors import AdapterError, BaseModelError, ResourceError, UsageError
 from loraport.clients.home import Home
 from loraport.serve import checks
+from loraport.serve.gateway.keys import create
 from loraport.serve.plan.settings import Wanted
 from loraport.serve.serve import Request, serve
 from loraport.train.adapters import Adapter
@@ -61,7 +62,8 @@ def test_ready_says_what_is_served_and_leaves_a_record(stocked: Home) -> None:
         wait_until(lambda: "Ctrl-C stops it." in running.text, "the lines to copy")
         for line in ("curl ", "OpenAI(base_url=", "loraport aider", "aider --model openai/demo"):
             assert line in running.text
-        [log] = stocked.logs.iterdir()
+        assert "POST" not in (stocked.logs / f"gateway-{running.port}.log").read_text()
+        [log] = stocked.logs.glob("serve-*.log")
         assert stat.S_IMODE(log.stat().st_mode) == 0o600 and "Starting vLLM server" in log.read_text()
     assert not list(stocked.run.iterdir())
 
@@ -121,24 +123,76 @@ def test_kill_9_of_guard_and_serve_is_cleaned_up_by_the_next_start(stocked: Home
         assert all_gone(processes)
 
 
-def test_kill_9_of_the_guard_alone_is_an_error_that_cleans_up(stocked: Home) -> None:
-    running = Serving(stocked, "demo", *ENGINE, ignore_sigterm="1", grandchild="1")
-    running.ready()
-    processes = running.processes()
-    processes[0].kill()
-    assert running.end() == 3 and all_gone(processes)
+def test_kill_9_of_the_guard_alone_cleans_up_and_starts_again(stocked: Home) -> None:
+    with serving(stocked, "demo", *ENGINE, ignore_sigterm="1", grandchild="1") as running:
+        running.ready()
+        processes = running.processes()
+        processes[0].kill()
+        wait_until(lambda: "the engine is ready again" in running.text, "another engine")
+        assert all_gone(processes)
+        assert "the engine lost its guard, which was killed by signal 9, while serving." in running.text
     assert not list(stocked.run.iterdir())
 
 
 def test_an_engine_that_dies_while_serving(stocked: Home) -> None:
-    running = Serving(stocked, "demo", *ENGINE)
-    document = running.ready()
-    with pytest.raises(httpx.HTTPError):
-        httpx.post(document["base_url"].removesuffix("/v1") + "/die", json={})
-    assert running.end() == 3
-    assert "RuntimeError: the fake was told to die" in running.text
-    assert "error: the engine stopped with status 9 while serving." in running.text
+    with serving(stocked, "demo", *ENGINE) as running:
+        url = running.ready()["base_url"]
+        running.processes()[1].kill()
+        wait_until(lambda: "the engine is ready again" in running.text, "another engine")
+        assert "the engine was killed by signal 9 while serving. It is started again (1 of 2)." in running.text
+        listed = {model["id"]: model for model in httpx.get(f"{url}/models").json()["data"]}
+        assert listed["demo"]["verified"] and listed["demo"]["version"] == "v1"
+        body = {"model": "demo", "messages": [{"role": "user", "content": "a b"}], "max_tokens": 2}
+        assert httpx.post(f"{url}/chat/completions", json=body).status_code == 200
     assert not list(stocked.run.iterdir())
+
+
+def test_an_engine_that_dies_again_and_again(stocked: Home) -> None:
+    running = Serving(stocked, "demo", *ENGINE)
+    url = running.ready()["base_url"]
+    for number in (1, 2, 3):
+        running.processes()[1].kill()
+        said = f"{number} of 2" if number < 3 else "requests are answered with 503"
+        wait_until(lambda said=said: said in running.text, said)  # type: ignore[misc]
+        wait_until(lambda number=number: number == 3 or running.text.count("ready again") == number, "it is back")  # type: ignore[misc]
+    answer = httpx.get(f"{url}/models")
+    assert answer.status_code == 503 and answer.headers["Retry-After"] == "60"
+    assert "signal 9 while serving; it ended 3 times within 10 minutes and stays down" in answer.text
+    running.process.send_signal(signal.SIGTERM)
+    assert running.end() == 3 and not list(stocked.run.iterdir())
+
+
+def test_the_port_answers_before_the_engine_does(stocked: Home) -> None:
+    with serving(stocked, "demo", *ENGINE, start_s="600") as running:
+        wait_until(lambda: len(running.processes()) == 2, "guard and engine")
+        answer = httpx.post(f"http://127.0.0.1:{running.port}/v1/chat/completions", json={})
+        assert answer.status_code == 503 and int(answer.headers["Retry-After"]) > 0
+        error = answer.json()["error"]
+        assert error["phase"] == "starting" and "The engine is starting" in error["message"]
+
+
+def test_sigterm_lets_requests_end_and_takes_no_more(stocked: Home) -> None:
+    running = Serving(stocked, "demo", *ENGINE, token_s="0.2")
+    url = running.ready()["base_url"]
+    body = {"model": "demo", "messages": [{"role": "user", "content": "a b"}], "max_tokens": 10, "stream": True}
+    with httpx.stream("POST", f"{url}/chat/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        running.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "waiting up to 30 s for 1 request" in running.text, "it drains")
+        late = httpx.post(f"{url}/chat/completions", json=body)
+        assert late.status_code == 503 and late.json()["error"]["phase"] == "draining"
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert running.end() == 0 and not list(stocked.run.iterdir())
+
+
+def test_without_arguments_it_serves_what_the_port_served_last(stocked: Home) -> None:
+    with serving(stocked, "demo", *ENGINE) as running:
+        running.ready()
+    with serving(stocked, *ENGINE, port=running.port) as again:
+        assert [adapter["name"] for adapter in again.ready()["adapters"]] == ["demo"]
+    never = Serving(stocked, *ENGINE)
+    assert never.end() == 2 and "nothing to serve" in never.text
 
 
 @pytest.mark.parametrize(
@@ -192,14 +246,14 @@ def test_a_port_that_another_serve_holds(stocked: Home) -> None:
 def test_loaded_but_not_applied(stocked: Home) -> None:
     running = Serving(stocked, "demo", *ENGINE, replies="base")
     assert running.end() == 3
-    assert "error: the adapter demo is loaded but not applied" in running.text
+    assert "error: the adapter demo@v1 is loaded but not applied" in running.text
     assert not list(stocked.run.iterdir())
 
 
 def test_replies_unlike_training(stocked: Home) -> None:
     running = Serving(stocked, "demo", *ENGINE, replies="garbage")
     assert running.end() == 3
-    assert "error: the adapter demo does not answer as it did in training (prompt 1, token 1)." in running.text
+    assert "error: the adapter demo@v1 does not answer as it did in training (prompt 1, token 1)." in running.text
     assert "expected: " in running.text and "got:      '????" in running.text
 
 
@@ -236,7 +290,7 @@ def test_the_template_is_told_what_training_told_it(stocked: Home) -> None:
         assert "chat template" in running.text
     running = Serving(stocked, "demo", *ENGINE, "--", "--default-chat-template-kwargs", '{"enable_thinking": true}')
     assert running.end() == 3
-    assert "error: the engine renders messages for demo differently than training did (prompt 1, tok" in running.text
+    assert "error: the engine renders messages for demo@v1 differently than training did (prompt 1, tok" in running.text
     assert "trained: " in running.text and ", 7]" in running.text
 
 
@@ -261,14 +315,13 @@ def test_a_template_that_prints_dates_only_warns(stocked: Home, tiny_base: Path,
     more = ("--", "--default-chat-template-kwargs", '{"x": true}')
     with serving(stocked, "demo", "--model", str(dated), *ENGINE, *more) as running:
         assert running.ready()["adapters"][0]["state"] == "verified"
-        assert "warning: prompts of demo differ from those in training: its template prints dates." in running.text
+        assert "warning: prompts of demo@v1 differ from those in training: its template prints dates." in running.text
 
 
 def test_an_engine_that_lists_other_models(stocked: Home) -> None:
-    running = Serving(stocked, "demo", *ENGINE, hide="demo")
+    running = Serving(stocked, "demo", *ENGINE, hide="tiny-base")
     assert running.end() == 3
-    assert "error: the engine is up, but " in running.text
-    assert "/v1/models answers base, tiny-base instead of base, tiny-base, demo." in running.text
+    assert "error: the engine is up, but lists base instead of base, tiny-base." in running.text
 
 
 def test_a_port_after_the_dashes_is_refused_at_once(stocked: Home) -> None:
@@ -280,18 +333,21 @@ def test_a_port_after_the_dashes_is_refused_at_once(stocked: Home) -> None:
 def test_hosts_and_keys(stocked: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     for host in ("127.0.0.1", "localhost", "::1", "127.0.0.9"):
-        assert checks.open_to_others(host) == ()
+        assert checks.open_to_others(host, stocked) == ()
     for host in ("0.0.0.0", "::", "", "192.168.1.4", "no.such.host.invalid"):
-        [warning] = checks.open_to_others(host)
-        assert "anybody who reaches the port can use the models" in warning
-    with serving(stocked, "demo", "--host", "0.0.0.0", *ENGINE) as running:
-        assert any("anybody who reaches the port" in warning for warning in running.ready()["warnings"])
+        with pytest.raises(UsageError, match="can be reached by others, and there is no API key yet"):
+            checks.open_to_others(host, stocked)
     monkeypatch.setenv("VLLM_API_KEY", "secret")
-    [warning] = checks.open_to_others("127.0.0.1")
+    [warning] = checks.open_to_others("127.0.0.1", stocked)
     assert "VLLM_API_KEY is ignored" in warning
     refused = Serving(stocked, "demo", "--host", "0.0.0.0", *ENGINE)
-    assert refused.end() == 2
-    assert "error: VLLM_API_KEY is set, but `loraport serve` asks for no key" in refused.text
+    assert refused.end() == 2 and "hint: make one, which is shown once: loraport keys create NAME" in refused.text
+    text, _ = create(stocked.root / "keys.json", "laptop")
+    with serving(stocked, "demo", "--host", "0.0.0.0", *ENGINE) as running:
+        url = running.ready()["base_url"]
+        assert httpx.get(f"{url}/models").status_code == 401
+        listed = httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {text}"})
+        assert [model["id"] for model in listed.json()["data"]] == ["base", "demo"]
 
 
 @pytest.mark.parametrize(
@@ -305,7 +361,7 @@ def test_an_engine_command_that_is_none(stocked: Home, command: str, reason: str
 
 def request_demo(port: int) -> Request:
     """`loraport serve demo` with the fake engine."""
-    return Request(["demo"], None, "127.0.0.1", port, Wanted(), FAKE, [], False)
+    return Request(["demo"], None, "127.0.0.1", port, Wanted(), FAKE, [], json=False, drain_s=0)
 
 
 def test_a_full_disk_is_refused_before_anything_starts(stocked: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +369,7 @@ def test_a_full_disk_is_refused_before_anything_starts(stocked: Home, monkeypatc
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     with pytest.raises(ResourceError, match=r"the engine needs 64 MiB on disk, .* has 5 MiB free"):
         serve(request_demo(free_port()), stocked)
-    assert not stocked.logs.exists() and not stocked.run.exists()
+    assert not list(stocked.logs.glob("serve-*")) and not stocked.run.exists()
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
@@ -374,7 +430,7 @@ def test_adapters_that_cannot_be_served(stocked: Home, damage: Callable[[Path], 
 
 
 def test_patterns_are_refused_where_vllm_ignores_them(stocked: Home) -> None:
-    change(stocked.adapters / "demo" / "v1" / "adapter_config.json", rank_pattern={"q_proj": 4})
+    change(stocked.adapters / "demo" / "v1" / "adapter_config.json", alpha_pattern={"q_proj": 4})
     assert checks.open_adapters(stocked, ["demo"], (0, 32))
     with pytest.raises(AdapterError, match=r"which vLLM 0\.25 ignores"):
         checks.open_adapters(stocked, ["demo"], (0, 25))
@@ -385,33 +441,18 @@ def test_a_refusal_starts_nothing(stocked: Home) -> None:
     running = Serving(stocked, "demo", *ENGINE)
     assert running.end() == 3
     assert "is cut off:" in running.text and "\nhint: " in running.text
-    assert not stocked.logs.exists() and not stocked.run.exists()
+    assert not list(stocked.logs.glob("serve-*")) and not stocked.run.exists()
 
 
-def test_names_and_stop_tokens(stocked: Home, tiny_base: Path) -> None:
+def test_names(stocked: Home, tiny_base: Path) -> None:
     [adapter] = checks.open_adapters(stocked, ["demo"], (0, 32))
     base = checks.find_base(None, [adapter])
     assert checks.name_base(base, [adapter]) == ("base", "tiny-base")
     assert checks.name_base(replace(base, model="org/demo", revision="abc"), [adapter]) == ("base", "org/demo")
-    assert checks.stop_token_config(base, [adapter]) is None
-    needs = Adapter(adapter.folder, adapter.manifest.model_copy(update={"stop_tokens": [2, 9]}))
-    config = checks.stop_token_config(base, [needs])
-    assert config is not None and config["eos_token_id"] == [0, 2, 9]
     with pytest.raises(UsageError, match="two of the adapters are called demo"):
         checks.open_adapters(stocked, ["demo", "demo@v1"], (0, 32))
     with pytest.raises(UsageError, match="too short to verify demo"):
         checks.check_golden_fit([adapter], 16)
-
-
-def test_damaged_stop_tokens_of_a_base_are_not_ignored(stocked: Home, tiny_base: Path, tmp_path: Path) -> None:
-    [adapter] = checks.open_adapters(stocked, ["demo"], (0, 32))
-    damaged = shutil.copytree(tiny_base, tmp_path / "damaged")
-    base = replace(checks.find_base(None, [adapter]), folder=damaged)
-    (damaged / "generation_config.json").write_text('{"eos_token_id": [0')
-    with pytest.raises(BaseModelError, match=r"generation_config\.json cannot be read"):
-        checks.stop_token_config(base, [adapter])
-    (damaged / "generation_config.json").unlink()
-    assert checks.stop_token_config(base, [adapter]) == {"eos_token_id": [0, 2]}
 
 
 def test_a_base_that_is_gone(stocked: Home) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from loraport.serve.proof.together import Question, as_reply, ask_together, list_questions
-from loraport.serve.proof.verify import TOLERANCES, Recorded, Served, read_reply, replay, tells_apart, tolerance_for
+from loraport.serve.proof.tolerance import TOLERANCES, tolerance_for
+from loraport.serve.proof.verify import Recorded, Served, read_reply, replay, tells_apart
 from loraport.train.manifest import Golden, Reply
 from tests.test_serve_plan import manifest
 

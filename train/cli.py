@@ -1,4 +1,4 @@
-"""`loraport train` and `loraport adapters`. The flags of `train` are the fields of the run configuration."""
+"""`loraport train`. Its flags are the fields of the run configuration."""
 
 import inspect
 from pathlib import Path
@@ -7,12 +7,11 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from typer.core import TyperCommand
 
-from loraport.clients.errors import AdapterError, UsageError
+from loraport.clients.errors import UsageError
 from loraport.clients.home import Home
-from loraport.clients.terminal import console, print_json, program, say
-from loraport.train.adapters import Adapter, adapter_names, open_adapter, versions
+from loraport.clients.terminal import print_json, program, say
+from loraport.train.adapters import Adapter
 from loraport.train.config import RunConfig, explain, load_config, section_of
-from loraport.train.manifest import Manifest
 
 
 def train(config: Path | None, force: bool, resume: bool, json: bool, **flags: Any) -> None:
@@ -93,38 +92,3 @@ def train_signature() -> inspect.Signature:
 train.__signature__ = train_signature()  # type: ignore[attr-defined]
 train.command_class = SectionedCommand  # type: ignore[attr-defined]
 train.__annotations__ = {name: p.annotation for name, p in train_signature().parameters.items()}
-
-adapters = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-
-
-@adapters.command("list")
-def list_adapters(json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
-    """List the adapters on this machine with their versions."""
-    home = Home.default()
-    manifests: list[Manifest] = []
-    for path in (path for name in adapter_names(home) for path in versions(home, name)):
-        try:
-            manifests.append(Manifest.read(path))
-        except AdapterError as error:  # one damaged folder must not hide the others
-            say(f"warning: {error.message}", "yellow")
-    if json:
-        print_json([m.model_dump(mode="json", exclude={"golden", "run"}) for m in manifests])
-        return
-    from rich.table import Table
-
-    table = Table("adapter", "version", "base", "rank", "rows", "eval loss", "created", box=None)
-    for m in manifests:
-        loss = f"{m.metrics['eval_loss']:.3f}" if "eval_loss" in m.metrics else ""
-        base = m.base.model.rstrip("/").rsplit("/", 1)[-1]
-        table.add_row(m.name, m.version, base, str(m.rank), str(m.data.rows), loss, m.created[:16])
-    if manifests:
-        console.print(table)
-    else:
-        say(f"no adapters in {home.adapters}; train one: {program()} train --name NAME --data rows.jsonl --model MODEL")
-
-
-@adapters.command("show")
-def show_adapter(reference: Annotated[str, typer.Argument(help="NAME, NAME@VERSION, or a folder.")]) -> None:
-    """Print the manifest of an adapter as JSON."""
-    adapter = open_adapter(Home.default(), reference)
-    print_json({"folder": str(adapter.folder)} | adapter.manifest.model_dump(mode="json"))

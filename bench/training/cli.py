@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from loraport.bench.tables import known
 from loraport.bench.training.cases import CASES, SHAPES, Rows, default_cases
 from loraport.bench.training.runner import MODULES, Comparison, Contender, Plan
-from loraport.clients.errors import UsageError
 from loraport.clients.home import write_json
 from loraport.clients.terminal import print_json, say
 
@@ -72,13 +72,6 @@ def bench_train(
         print_report(run)
     if interrupted:
         raise interrupted
-
-
-def known(what: str, name: str, names: Any) -> str:
-    """`name`, if there is such a thing; UsageError that lists what there is."""
-    if name not in names:
-        raise UsageError(f"there is no {what} {name!r}.", f"there are {', '.join(names)}")
-    return name
 
 
 def measure(run: Comparison) -> KeyboardInterrupt | SystemExit | None:

@@ -4,19 +4,17 @@ Figures of a contender are the median of its repeats; peak memory is the largest
 """
 
 import statistics
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from loraport.bench.tables import number, plain_table, result_console, rounded
 from loraport.bench.training.cases import CASES, SHAPES, limit_tokens_per_second, parameters
 from loraport.bench.training.runner import Comparison
 
 REFERENCE = "stock"
-WIDTH = 110  # of the tables in a file
 
 
 @dataclass(frozen=True)
@@ -104,14 +102,9 @@ def share(figures: Figures, limit: float | None) -> float | None:
     return figures.tokens_per_second / limit if limit and figures.tokens_per_second else None
 
 
-def rounded(value: float | None) -> float | None:
-    """To three decimals."""
-    return None if value is None else round(value, 3)
-
-
 def print_report(run: Comparison) -> None:
     """A table for each case and kind of rows, on standard output."""
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
+    console = result_console()
     limit = limit_of(run)
     console.print(heading(run, limit), markup=False)
     for (case, rows), group in summarize(run).items():
@@ -139,12 +132,9 @@ def make_table(group: list[Figures], limit: float | None) -> Table:
     """Contenders as rows. GiB: the peak that torch allocated; reserved: the peak that it held; planned: the latter as
     `loraport plan train` foretells it.
     """
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("", overflow="fold")
     spread = any(each.repeats > 1 for each in group)
     names = ("tokens/s", *(["from–to"] * spread), "× stock", "of limit", "GiB", "reserved", "planned")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+    table = plain_table("", names)
     for each in group:
         ends = f"{each.slowest:,.0f}–{each.fastest:,.0f}" if each.slowest and each.fastest else ""
         table.add_row(
@@ -163,8 +153,3 @@ def make_table(group: list[Figures], limit: float | None) -> Table:
 def gibibytes(size: int | None) -> float | None:
     """Bytes as GiB."""
     return None if size is None else size / 2**30
-
-
-def number(value: float | None, form: str) -> str:
-    """A figure in its form; nothing where there is none."""
-    return "" if value is None else form.format(value)

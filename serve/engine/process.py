@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -23,8 +23,10 @@ from loraport.clients.errors import os_errors
 from loraport.clients.hardware import Device
 from loraport.clients.home import Home
 from loraport.serve.engine import versions
+from loraport.serve.engine.family import Family
 from loraport.serve.engine.leftovers import MARKER, EngineTrace, marker, session_of
 from loraport.serve.engine.leftovers import end as end_processes
+from loraport.serve.engine.speed import start_arguments
 from loraport.serve.plan.flags import vllm_args
 from loraport.serve.plan.settings import Plan
 from loraport.train.adapters import Adapter
@@ -46,12 +48,14 @@ class Launch:
     version: versions.Version
     base: Base
     base_names: tuple[str, ...]
-    adapters: tuple[Adapter, ...]
+    adapters: tuple[Adapter, ...]  # those that slots are made for; they are loaded once it runs
     plan: Plan
     device: Device
-    host: str
-    port: int
-    generation_config: Path | None = None  # folder of one that knows the adapters' stop tokens too
+    port: int  # of the gateway in front of it, which names its files
+    socket: Path  # where it listens
+    generation_config: Path | None = None  # folder of one that knows what the base's own does not: sampling.py
+    family: Family = field(default_factory=Family)  # parsers of thoughts and tool calls
+    merged: Adapter | None = None  # what the base's weights hold already
     more: tuple[str, ...] = ()  # flags of the user's, after all of ours
 
 
@@ -60,11 +64,14 @@ def arguments(launch: Launch) -> list[str]:
     plan = launch.plan
     flags = [
         *("--model", str(launch.base.folder), "--served-model-name", *launch.base_names),
-        *("--host", launch.host, "--port", str(launch.port)),
+        *("--uds", str(launch.socket)),
         *vllm_args(plan),
         "--disable-uvicorn-access-log",
         *lora_arguments(launch),
+        *template_arguments(launch),
+        *launch.family.arguments(),
         *device_arguments(launch)[0],
+        *start_arguments(plan, launch.base, launch.more),
     ]
     if launch.generation_config:
         flags += ["--generation-config", str(launch.generation_config)]
@@ -72,22 +79,18 @@ def arguments(launch: Launch) -> list[str]:
 
 
 def lora_arguments(launch: Launch) -> list[str]:
-    """Slots and adapters; each adapter under its name, from the immutable folder of its version.
-
-    And what training told the chat template (thinking off, say), so that the prompts served are those trained on.
-    """
-    if not launch.adapters:
+    """Adapters kept in memory where they take turns in the slots: all of them, and the version before of each."""
+    if not launch.plan.slots or launch.plan.kv_bytes is not None:  # on a CPU each has a slot of its own
         return []
-    modules = [
-        json.dumps(
-            {"name": adapter.manifest.name, "path": str(adapter.folder), "base_model_name": launch.base_names[0]}
-        )
-        for adapter in launch.adapters
-    ]
-    slots = ["--max-cpu-loras", str(len(launch.adapters))] if len(launch.adapters) > launch.plan.slots else []
-    kwargs = launch.adapters[0].manifest.chat_template_kwargs  # the same for all: checks.check_template_kwargs
-    template = ["--default-chat-template-kwargs", json.dumps(kwargs)] if kwargs else []
-    return [*slots, *template, "--lora-modules", *modules]
+    return ["--max-cpu-loras", str(max(launch.plan.slots, 2 * len(launch.adapters) + 1))]
+
+
+def template_arguments(launch: Launch) -> list[str]:
+    """What training told the chat template (thinking off, say), so that the prompts served are those trained on."""
+    adapters = [*launch.adapters, *([launch.merged] if launch.merged else [])]
+    told = [adapter.manifest.chat_template_kwargs for adapter in adapters if adapter.manifest.golden]
+    kwargs = told[0] if told else {}  # the same for all that tell: checks.check_template_kwargs
+    return ["--default-chat-template-kwargs", json.dumps(kwargs)] if kwargs else []
 
 
 def device_arguments(launch: Launch) -> tuple[list[str], dict[str, str]]:
@@ -107,16 +110,19 @@ def device_arguments(launch: Launch) -> tuple[list[str], dict[str, str]]:
 def environment(launch: Launch, home: Home, owner: tuple[int, float]) -> dict[str, str]:
     """The engine's environment: the user's, and what makes the engine private, quiet and repeatable."""
     ours = {
-        "VLLM_CACHE_ROOT": str(home.cache / "vllm"),  # it can hold code that is executed: nobody else may write there
+        # They can hold code that is executed: nobody else may write there. They last as long as the home does.
+        "VLLM_CACHE_ROOT": str(home.cache / "vllm"),
+        "TRITON_CACHE_DIR": str(home.cache / "triton"),
+        "FLASHINFER_WORKSPACE_BASE": str(home.cache),
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",  # the model is a complete folder: no question to a hub, no wait for one
         "VLLM_CONFIGURE_LOGGING": "1",
         "PYTHONUNBUFFERED": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # nobody but us reaches its socket
         MARKER: marker(home, owner),
     }
-    # An API key in the environment would lock our own clients out, and 0.25 writes it into its cache folder;
-    # checks.open_to_others says so.
+    # The gateway asks for keys. One in the environment would lock it out, and 0.25 writes it into its cache folder.
     kept = {key: value for key, value in os.environ.items() if key != "VLLM_API_KEY"}
     return device_arguments(launch)[1] | kept | ours
 
@@ -129,7 +135,7 @@ class Engine:
 
     def __init__(self, launch: Launch, home: Home) -> None:
         owner = process_identity(os.getpid())
-        self.home = home
+        self.home, self.socket = home, launch.socket
         self.log_path, self.log = open_log(home, launch.port)
         self.lines: queue.SimpleQueue[tuple[float, str] | None] = queue.SimpleQueue()
         self.last: deque[str] = deque(maxlen=LAST_LINES)
@@ -137,6 +143,7 @@ class Engine:
         read_end, self.pipe = os.pipe()
         command = [sys.executable, "-I", "-S", str(GUARD), str(read_end), str(GRACE_S), *arguments(launch)]
         home.ensure(home.cache / "vllm")
+        launch.socket.unlink(missing_ok=True)  # of an engine that was killed
         self.guard = subprocess.Popen(
             command,
             env=environment(launch, home, owner),
@@ -188,6 +195,7 @@ class Engine:
             self.guard.wait()
         end_processes([session_of(self.trace)])  # nothing, unless the guard was killed
         self.trace.path(self.home).unlink(missing_ok=True)
+        self.socket.unlink(missing_ok=True)
         self.drain.join(1)
 
 

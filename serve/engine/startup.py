@@ -22,7 +22,10 @@ from loraport.clients.terminal import console, say
 from loraport.serve.engine import versions
 from loraport.serve.engine.process import Engine
 
+Tell = Callable[[str, float], None]  # (phase, seconds since the start)
+
 POLL_S = 0.2
+ANSWER_S = 2.0
 LISTING_S = 8.0  # for a healthy engine to list its models
 # A line is worth a line of its own in a log file when it took this long.
 WORTH_A_LINE_S = 1.0
@@ -70,25 +73,31 @@ class Timeline:
         self.begun = at
 
 
-def wait_ready(engine: Engine, base_url: str, models: list[str]) -> Timeline:
-    """Wait until the engine answers with all `models`; EngineError when it dies (with its last words) or never will."""
-    timeline = Timeline()
+def wait_ready(engine: Engine, client: httpx.Client, models: list[str], tell: Tell = lambda *_: None) -> Timeline:
+    """Wait until the engine answers with all `models`; EngineError when it dies (with its last words) or never will.
+
+    `tell` hears of each phase as it begins.
+    """
+    timeline, told = Timeline(), ""
     healthy_since: float | None = None
-    with live_line() as status, httpx.Client(timeout=2, trust_env=False) as client:
+    with live_line() as status:
         while True:
             read_lines(engine, timeline, lambda name, spent: report_phase(status, name, spent))
+            if timeline.phase != told:
+                told = timeline.phase
+                tell(told, time.monotonic() - engine.started)
             if status is not None:
                 status.update(f"starting the engine: {timeline.phase} · {time.monotonic() - engine.started:.0f} s")
             if engine.status is not None:
                 engine.drain.join(2)
                 raise explain_death(engine, f"during start-up ({timeline.phase})")
-            if is_healthy(client, base_url):
-                listed, answer = list_models(client, base_url)
+            if is_healthy(client):
+                listed, answer = list_models(client)
                 if set(models) <= listed:
                     break
                 healthy_since = healthy_since or time.monotonic()
                 if time.monotonic() - healthy_since > LISTING_S:
-                    raise never_ready(engine, base_url, models, answer)
+                    raise never_ready(engine, models, answer)
     read_lines(engine, timeline, lambda name, spent: report_phase(None, name, spent) if status is None else None)
     timeline.finish(time.monotonic() - engine.started)
     return timeline
@@ -122,19 +131,19 @@ def read_lines(engine: Engine, timeline: Timeline, report: Callable[[str, float]
         wait = 0.0001
 
 
-def is_healthy(client: httpx.Client, base_url: str) -> bool:
+def is_healthy(client: httpx.Client) -> bool:
     """Whether /health answers 200."""
     try:
-        return client.get(base_url.removesuffix("/v1") + "/health").status_code == 200
+        return client.get("/health", timeout=ANSWER_S).status_code == 200
     except httpx.HTTPError:
         return False
 
 
-def list_models(client: httpx.Client, base_url: str) -> tuple[set[str], str]:
+def list_models(client: httpx.Client) -> tuple[set[str], str]:
     """(names of the models, the answer in words)."""
     answer = "nothing"
     try:
-        response = client.get(f"{base_url}/models")
+        response = client.get("/v1/models", timeout=ANSWER_S)
         answer = f"status {response.status_code}"
         listed = {str(entry["id"]) for entry in response.json()["data"]}
     except (httpx.HTTPError, ValueError, KeyError, TypeError):
@@ -142,19 +151,19 @@ def list_models(client: httpx.Client, base_url: str) -> tuple[set[str], str]:
     return listed, ", ".join(sorted(listed)) or "no model"
 
 
-def served_context(base_url: str) -> int | None:
+def served_context(client: httpx.Client) -> int | None:
     """The context length that the engine lists with its base; None where it lists none."""
     with contextlib.suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
-        listed = httpx.get(f"{base_url}/models", timeout=LISTING_S, trust_env=False).json()["data"]
+        listed = client.get("/v1/models", timeout=LISTING_S).json()["data"]
         lengths = [entry["max_model_len"] for entry in listed if entry.get("max_model_len")]
         return int(lengths[0]) if lengths else None
     return None
 
 
-def never_ready(engine: Engine, base_url: str, models: list[str], answer: str) -> EngineError:
+def never_ready(engine: Engine, models: list[str], answer: str) -> EngineError:
     """The error for an engine that is healthy and does not list what it was started with."""
     return EngineError(
-        f"the engine is up, but {base_url}/models answers {answer} instead of {', '.join(models)}.",
+        f"the engine is up, but lists {answer} instead of {', '.join(models)}.",
         f"check the flags after `--`; all it said is in {engine.log_path}",
         tuple(last_words(list(engine.last))),
     )
@@ -169,6 +178,7 @@ def explain_death(engine: Engine, when: str) -> EngineError:
         return EngineError(f"the engine stopped {when}: {known.message}", known.hint, evidence)
     status = engine.status or 0
     how = f"was killed by signal {status - 128}" if status > 128 else f"stopped with status {status}"
+    how = f"lost its guard, which was killed by signal {-status}," if status < 0 else how
     killed = "it may have run out of memory: `dmesg` says so; " if status == 137 else ""
     return EngineError(f"the engine {how} {when}.", f"{killed}all it said is in {engine.log_path}", evidence)
 

@@ -194,6 +194,11 @@ FAILURES: tuple[Failure, ...] = (
         "check --engine-command",
     ),
     Failure(
+        r"EngineDeadError|EngineCore encountered an issue",
+        "its core process ended.",
+        "it may have run out of memory: `dmesg` says so; all it said is in the newest log in LORAPORT_HOME/logs",
+    ),
+    Failure(
         r"No space left on device",
         "the disk is full.",
         "free some space, or set LORAPORT_HOME to a folder on another disk",

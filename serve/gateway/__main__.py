@@ -24,6 +24,7 @@ def main(
     uds: Annotated[str | None, typer.Option(help="Unix socket of the engine.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    origin: Annotated[list[str] | None, typer.Option(help="A web page whose scripts may ask; once for each.")] = None,
 ) -> None:
     """Answer for an engine that runs already, until Ctrl-C or SIGTERM."""
     home = Home.default()
@@ -33,7 +34,8 @@ def main(
     try:
         home.ensure(home.logs)
         log_to(home.logs / f"gateway-{port}.log")
-        settings = GatewaySettings(host, port, home.root / "keys.json", home.root / "usage" / f"{port}.json")
+        usage = home.root / "usage" / f"{port}.json"
+        settings = GatewaySettings(host, port, home.root / "keys.json", usage, origins=tuple(origin or ()))
         running = run_in_thread(create_app(state, settings), host, port)
     except LoraportError as error:
         exit_with(error, debug=False)

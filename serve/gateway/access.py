@@ -7,7 +7,7 @@ web page elsewhere must not reach it through a browser's back door (DNS rebindin
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from loraport.serve.gateway.keys import Key, Ring
+from loraport.serve.gateway.keys import PREFIX, Key, Ring
 from loraport.serve.gateway.refusals import Refusal
 from loraport.serve.gateway.settings import GatewaySettings, is_loopback
 
@@ -28,19 +28,23 @@ def authenticate(scope: Scope, ring: Ring, settings: GatewaySettings) -> Key:
     headers = Headers(scope=scope)
     text = given_key(headers)
     ring.refresh()
-    if not ring.asks:
-        return anyone(headers, settings)
     key = ring.find(text) if text else None
+    if key is None and not ring.asks:
+        return anyone(headers, settings)
     if key is None:
-        what = "is not known, or was revoked" if text else "is missing: send it as `Authorization: Bearer lp-…`"
-        raise unauthorized("invalid_api_key" if text else "missing_api_key", f"The API key {what}.")
+        if text and not text.startswith(PREFIX):
+            raise unauthorized("invalid_api_key", "The API key is none of this endpoint's, which begin with lp-.")
+        if text:
+            raise unauthorized("invalid_api_key", "The API key is not known, has expired or was revoked.")
+        raise unauthorized("missing_api_key", "The API key is missing: send it as `Authorization: Bearer lp-…`.")
     return key
 
 
 def anyone(headers: Headers, settings: GatewaySettings) -> Key:
     """Nobody's key, which may do everything but administer; only on loopback."""
     if not settings.is_loopback:
-        raise unauthorized("no_keys", "This endpoint is open to the network and has no API keys yet; make one first.")
+        message = "This endpoint is open to the network and has no API keys yet: `loraport keys create NAME` makes one."
+        raise unauthorized("no_keys", message)
     host = headers.get("host", "")
     name = host if host.endswith("]") or (host.count(":") > 1 and "]" not in host) else host.rpartition(":")[0] or host
     if not is_loopback(name):

@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -68,6 +69,16 @@ def create_app(engine: EngineState, settings: GatewaySettings) -> FastAPI:
     app.include_router(admin.routes(gateway))
     app.router.routes.append(Route("/{path:path}", Nothing()))
     app.add_middleware(Door, header_bytes=settings.header_bytes, done=gateway.done)
+    if settings.origins:  # around the door, so that a page can read refusals too
+        shown = ["x-request-id", "retry-after"]
+        methods = ["GET", "POST"]
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.origins,
+            allow_methods=methods,
+            allow_headers=["*"],
+            expose_headers=shown,
+        )
     return app
 
 

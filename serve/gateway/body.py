@@ -5,6 +5,7 @@ differently (a key given twice, NaN) is refused: the engine must see the model t
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -17,7 +18,13 @@ LIMIT_FIELDS = {
     "/v1/responses": ("max_output_tokens",),
     "/v1/messages": ("max_tokens",),
 }
+THINKING_FIELDS = {"enable_thinking", "thinking", "reasoning_effort", "reasoning", "output_config"}
 TEMPLATED = {"/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/tokenize"}
+STOPPED = {"/v1/chat/completions", "/v1/completions"}  # where vLLM takes `stop_token_ids`
+
+
+# Streams of these say what was used only where that is asked for.
+COUNTED_STREAMS = {"/v1/chat/completions", "/v1/completions"}
 
 
 class Twice(ValueError):
@@ -112,16 +119,75 @@ def rename_model(body: Body, name: str) -> None:
         body.set(body.fields | {"model": name})
 
 
-def move_thinking(path: str, body: Body) -> None:
-    """`enable_thinking` at the top level, where vLLM ignores it, goes where the chat template sees it.
+def wanted_thinking(fields: dict[str, Any]) -> bool | None:
+    """Whether a client asks for thinking, in any of the ways there are; None where it says nothing of it.
 
-    What stands in `chat_template_kwargs` already counts more.
+    From the first to the last that counts: `enable_thinking` beside the messages (Qwen's API); `thinking` with a `type`
+    (Anthropic's, DeepSeek's and Z.ai's); an effort of `none` or `minimal` (OpenAI's), which vLLM takes for thinking
+    where it is `minimal`. Other efforts are left to the engine; but where Anthropic's API is given one and no
+    `thinking`, there is none to be, and vLLM would think (Claude Code with MAX_THINKING_TOKENS=0).
     """
-    if path not in TEMPLATED or not isinstance(body.fields.get("enable_thinking"), bool):
+    wanted = fields.get("enable_thinking")
+    if isinstance(wanted, bool):
+        return wanted
+    if wanted is not None:
+        raise bad_request("invalid_value", "`enable_thinking` must be true or false.", "enable_thinking")
+    thinking, reasoning = fields.get("thinking"), fields.get("reasoning")
+    if isinstance(thinking, dict) and thinking.get("type") in ("enabled", "disabled"):
+        return bool(thinking["type"] == "enabled")
+    if isinstance(fields.get("output_config"), dict) and thinking is None:
+        return False if fields["output_config"].get("effort") else None
+    effort = reasoning.get("effort") if isinstance(reasoning, dict) else fields.get("reasoning_effort")
+    return False if effort in ("none", "minimal") else None
+
+
+def move_thinking(path: str, body: Body) -> None:
+    """Say whether to think where the chat template sees it: `chat_template_kwargs`. What stands there counts most.
+
+    vLLM ignores `enable_thinking` beside the messages without a word. Templates that know no such switch ignore it too.
+    """
+    if path not in TEMPLATED or not THINKING_FIELDS & body.fields.keys():
         return
+    wanted = wanted_thinking(body.fields)
     given = body.fields.get("chat_template_kwargs")
     if given is not None and not isinstance(given, dict):
         return
     rest = {name: value for name, value in body.fields.items() if name != "enable_thinking"}
-    rest["chat_template_kwargs"] = {"enable_thinking": body.fields["enable_thinking"], **(given or {})}
-    body.set(rest)
+    if wanted is not None:
+        rest["chat_template_kwargs"] = {"enable_thinking": wanted, **(given or {})}
+    if rest != body.fields:
+        body.set(rest)
+
+
+def fill_defaults(path: str, body: Body, defaults: Mapping[str, Any]) -> None:
+    """Add what a model wants and the request does not say: each template switch by itself, stop tokens to the given.
+
+    Nothing is added on routes where vLLM does not take it.
+    """
+    given = body.fields
+    filled: dict[str, Any] = {}
+    for name, value in defaults.items():
+        said = given.get(name)
+        if name == "chat_template_kwargs":
+            is_rendered = path in TEMPLATED and (path != "/tokenize" or "messages" in given)
+            if is_rendered and isinstance(said, dict | None):
+                filled[name] = {**value, **(said or {})}
+        elif name == "stop_token_ids":
+            if path in STOPPED and isinstance(said, list | None):
+                filled[name] = [*(said or ()), *(token for token in value if token not in (said or ()))]
+        elif said is None and path in LIMIT_FIELDS:
+            filled[name] = value
+    if any(given.get(name) != value for name, value in filled.items()):
+        body.set(given | filled)
+
+
+def ask_usage(path: str, body: Body) -> bool:
+    """Have a stream say at its end what it used, where the client left that open; whether that was added.
+
+    It is put in front of what came, which stays as it is.
+    """
+    if path not in COUNTED_STREAMS or not body.is_stream or "stream_options" in body.fields:
+        return False
+    head, brace, rest = body.raw.partition(b"{")
+    body.raw = head + brace + b'"stream_options":{"include_usage":true},' + rest
+    return True

@@ -38,6 +38,7 @@ class Call:
     route: str = "other"  # a bounded set, for metrics
     key: str = "-"
     model: str = "-"
+    asked_as: str | None = None  # what the engine calls that model
     status: int = 0
     first_byte_s: float | None = None
     tokens: Tokens | None = None
@@ -46,6 +47,7 @@ class Call:
     is_events: bool = False  # the reply
     is_gone: bool = False  # the client
     is_engine_call: bool = False
+    hides_usage: bool = False  # at the end of a stream, from a client that has not asked for it
 
     @property
     def is_anthropic(self) -> bool:

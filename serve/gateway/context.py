@@ -4,7 +4,7 @@
 not fit by themselves. Both say it in words of their own. Here:
 
     fits_surely     a bound from the size of the body; most requests end here, and the engine is not asked
-    token_questions otherwise, what to ask the engine's /tokenize
+    token_questions otherwise, what to ask the engine's tokenizer
     overflow        the refusal
     read_overflow   the engine's own refusal, in any of its wordings, as numbers
 
@@ -22,7 +22,14 @@ from loraport.serve.gateway.refusals import Refusal, bad_request
 # Tokens that a chat template adds beside the text: its preamble, and the marks around each message.
 TEMPLATE_TOKENS, MESSAGE_TOKENS = 512, 24
 PROMPT_FIELDS = {"/v1/completions": "prompt", "/v1/responses": "input", "/v1/embeddings": "input"}
-MOST_QUESTIONS = 16  # prompts of one request that /tokenize is asked about
+# Where the engine counts a chat, and what of the request makes its prompt.
+CHAT_FIELDS = ("messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+MESSAGES_FIELDS = ("messages", "system", "tools", "tool_choice", "thinking", "output_config", "chat_template_kwargs")
+COUNTED_FIELDS = {
+    "/v1/chat/completions": ("/tokenize", CHAT_FIELDS),
+    "/v1/messages": ("/v1/messages/count_tokens", MESSAGES_FIELDS),
+}
+MOST_QUESTIONS = 16  # prompts of one request that the engine is asked about
 LONGEST_QUESTION = 2 << 20  # bytes; counting longer prompts costs the engine more than the exact number is worth
 
 WORDINGS = tuple(
@@ -62,6 +69,18 @@ def read_overflow(message: str) -> Said | None:
 
 def overflow(path: str, limit: int, prompt: int | None, wanted: int | None, is_exact: bool = True) -> Refusal:
     """400 `context_length_exceeded` with the prompt's tokens, what was asked for, and the model's context."""
+    return bad_request(
+        "context_length_exceeded",
+        (anthropic_words if path.startswith("/v1/messages") else openai_words)(limit, prompt, wanted, is_exact),
+        PROMPT_FIELDS.get(path, "messages"),
+        prompt_tokens=prompt,
+        max_tokens=wanted,
+        max_model_len=limit,
+    )
+
+
+def openai_words(limit: int, prompt: int | None, wanted: int | None, is_exact: bool) -> str:
+    """An overflow in words that begin as OpenAI's do; clients look for `maximum context length`."""
     parts = []
     if prompt is not None:
         parts.append(f"the prompt has {'' if is_exact else 'at least '}{prompt:,} tokens")
@@ -69,14 +88,19 @@ def overflow(path: str, limit: int, prompt: int | None, wanted: int | None, is_e
         parts.append(f"max_tokens asks for {wanted:,}")
     what = " and ".join(parts) or "the prompt is longer"
     lower = ", or lower max_tokens." if wanted and (prompt or 0) < limit else "."
-    return bad_request(
-        "context_length_exceeded",
-        f"This model's maximum context length is {limit:,} tokens; {what}. Shorten the prompt{lower}",
-        PROMPT_FIELDS.get(path, "messages"),
-        prompt_tokens=prompt,
-        max_tokens=wanted,
-        max_model_len=limit,
-    )
+    return f"This model's maximum context length is {limit:,} tokens; {what}. Shorten the prompt{lower}"
+
+
+def anthropic_words(limit: int, prompt: int | None, wanted: int | None, is_exact: bool) -> str:
+    """The same in the words of Anthropic's API: Claude Code reads them, asks for less or compacts, and goes on."""
+    if prompt is None:
+        return openai_words(limit, prompt, wanted, is_exact)
+    if prompt < limit and wanted:
+        return (
+            f"input length and `max_tokens` exceed context limit: {prompt} + {wanted} > {limit}, "
+            "decrease input length or `max_tokens` and try again"
+        )
+    return f"prompt is too long: {prompt} tokens > {limit} maximum"
 
 
 def fits_surely(path: str, body: Body, limit: int, wanted: int) -> bool:
@@ -92,8 +116,8 @@ def fits_surely(path: str, body: Body, limit: int, wanted: int) -> bool:
     return len(body.raw) + extra + wanted <= limit
 
 
-def token_questions(path: str, body: Body) -> list[dict[str, Any]]:
-    """Bodies for /tokenize that count the prompts of a request; none where that cannot be told."""
+def token_questions(path: str, body: Body) -> list[tuple[str, dict[str, Any]]]:
+    """(route, body) for the engine to count the prompts of a request; none where that cannot be told."""
     if len(body.raw) > LONGEST_QUESTION:
         return []
     fields, model = body.fields, body.fields["model"]
@@ -101,12 +125,13 @@ def token_questions(path: str, body: Body) -> list[dict[str, Any]]:
         prompt = fields.get("prompt")
         prompts = prompt if isinstance(prompt, list) else [prompt]
         texts = [text for text in prompts if isinstance(text, str)]
-        return [{"model": model, "prompt": text} for text in texts] if len(texts) <= MOST_QUESTIONS else []
-    if path == "/v1/chat/completions":
-        taken = ("messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
-        return [{"model": model, **{name: fields[name] for name in taken if fields.get(name) is not None}}]
+        few = texts if len(texts) <= MOST_QUESTIONS else []
+        return [("/tokenize", {"model": model, "prompt": text}) for text in few]
+    if path in COUNTED_FIELDS:
+        route, taken = COUNTED_FIELDS[path]
+        return [(route, {"model": model, **{name: fields[name] for name in taken if fields.get(name) is not None}})]
     messages = as_messages(fields)
-    return [{"model": model, "messages": messages}] if messages else []
+    return [("/tokenize", {"model": model, "messages": messages})] if messages else []
 
 
 def counted(body: Body) -> int:
@@ -124,9 +149,8 @@ def is_ids(part: Any) -> bool:
 
 
 def as_messages(fields: dict[str, Any]) -> list[dict[str, str]]:
-    """The text of a /v1/messages or /v1/responses request as chat messages; tools and pictures are left out."""
-    system = fields.get("system") or fields.get("instructions")
-    turns = fields.get("messages") or fields.get("input")
+    """The text of a /v1/responses request as chat messages; tools and pictures are left out."""
+    system, turns = fields.get("instructions"), fields.get("input")
     found = [{"role": "system", "content": text_of(system)}] if system else []
     if isinstance(turns, str):
         turns = [{"role": "user", "content": turns}]

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.types import Receive, Scope, Send
 
@@ -29,6 +29,9 @@ from loraport.serve.gateway.state import EngineState, Model, Phase
 from loraport.serve.gateway.upstream import Upstream, headers_to_engine, is_events, pass_on, send_whole
 from loraport.serve.gateway.usage import Usage
 
+if TYPE_CHECKING:
+    from loraport.serve.gateway.admin import Adapters
+
 
 @dataclass
 class Gateway:
@@ -42,6 +45,7 @@ class Gateway:
     metrics: Metrics
     upstream: Upstream
     running: dict[Call, "asyncio.Task[None]"] = field(default_factory=dict)
+    adapters: "Adapters | None" = None  # who changes them, told once there is an engine
 
     def abort(self) -> None:
         """End the requests that are at the engine, each with an error in words. Call it in the event loop."""
@@ -81,15 +85,17 @@ class Forward:
                 raise not_ready(gateway.engine.snapshot)
             body = bodies.parse(await read_body(scope, receive, gateway.settings), gateway.settings.json_depth)
             model = resolve(gateway.engine.snapshot, key, bodies.model_name(body))
-            call.model = model.id
+            call.model, call.asked_as = model.id, model.asked_as
             with gateway.metrics.in_flight.track_inprogress():
                 await beside_client(self.work(scope, call, body, model, send), call, gateway, receive, send)
 
     async def work(self, scope: Scope, call: Call, body: Body, model: Model, send: Send) -> None:
         """Change what must be changed, refuse what cannot fit, pass on the rest."""
         bodies.move_thinking(self.path, body)
+        bodies.fill_defaults(self.path, body, model.defaults)
         bodies.rename_model(body, model.asked_as)
         await self.refuse_overflow(body, model)
+        call.hides_usage = bodies.ask_usage(self.path, body)
         settings, headers = self.gateway.settings, headers_to_engine(scope["headers"], call)
         read_s = settings.idle_s if body.is_stream else settings.reply_s
         async with self.gateway.upstream.ask("POST", self.path, body.raw, headers, read_s) as response:
@@ -113,9 +119,9 @@ class Forward:
         """Tokens of the longest prompt, by the engine's own tokenizer; None where it does not say."""
         questions = context.token_questions(self.path, body)
         wait_s = self.gateway.settings.tokenize_s
-        asked = [self.gateway.upstream.ask_json("/tokenize", question, wait_s) for question in questions]
-        answers = [answer["count"] for answer in await asyncio.gather(*asked) if answer and "count" in answer]
-        return max([context.counted(body), *answers]) or None
+        asked = [self.gateway.upstream.ask_json(route, question, wait_s) for route, question in questions]
+        answers = [answer.get("count", answer.get("input_tokens")) for answer in await asyncio.gather(*asked) if answer]
+        return max([context.counted(body), *(count for count in answers if isinstance(count, int))]) or None
 
     async def explain(self, status: int, message: str, body: Body) -> None:
         """Refusals of the engine that we word better; what is not one of them passes as it is."""
@@ -125,8 +131,8 @@ class Forward:
         if said is not None:
             wanted = bodies.wanted_tokens(self.path, body)
             prompt = said.prompt if said.is_exact else await self.count(body)
-            is_exact = said.is_exact or prompt is not None
-            raise context.overflow(self.path, said.limit, prompt or said.prompt, wanted, is_exact)
+            is_exact = prompt is not None and prompt >= (said.prompt or 0)  # a count without tools may be too low
+            raise context.overflow(self.path, said.limit, prompt if is_exact else said.prompt, wanted, is_exact)
 
 
 @contextlib.contextmanager

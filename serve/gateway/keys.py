@@ -19,6 +19,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 class Key:
     """What is known of a key. `adapters`: models it may use, the base only where named; None: all.
 
-    `created` and `revoked` are seconds since the epoch.
+    `created`, `revoked` and `expires` are seconds since the epoch.
     """
 
     name: str
@@ -44,6 +45,11 @@ class Key:
     concurrency: int | None = None
     is_admin: bool = False
     revoked: float | None = None
+    expires: float | None = None
+
+    def is_living(self, now: float | None = None) -> bool:
+        """Whether it still opens anything: neither revoked nor expired."""
+        return self.revoked is None and (self.expires is None or (now or time.time()) < self.expires)
 
     def may_use(self, *names: str) -> bool:
         """Whether a model of any of these names is this key's."""
@@ -109,16 +115,22 @@ def create(
     requests_per_minute: int | None = None,
     concurrency: int | None = None,
     is_admin: bool = False,
+    lifetime_s: float | None = None,
 ) -> tuple[str, Key]:
-    """(the key, shown this once; what is kept of it). UsageError for a name that cannot be or is taken."""
+    """(the key, shown this once; what is kept of it). UsageError for a name that cannot be or is taken.
+
+    `lifetime_s`: seconds until it expires; None: never.
+    """
     if not NAME.fullmatch(name):
-        raise UsageError(f"{name!r} is not a name for a key.", "use letters, digits, dots and dashes, at most 64")
+        raise UsageError(f"{name!r} is not a name for a key.", "use letters, digits, dots, dashes and _, at most 64")
     for flag, limit in (("requests per minute", requests_per_minute), ("concurrency", concurrency)):
         if limit is not None and limit < 1:
             raise UsageError(f"{limit} is not a limit for {flag}.", "use 1 or more, or none")
     text = PREFIX + secrets.token_urlsafe(RANDOM_BYTES)
     allowed = None if adapters is None else tuple(adapters)
-    key = Key(name, digest(text), time.time(), allowed, requests_per_minute, concurrency, is_admin)
+    now = time.time()
+    expires = None if lifetime_s is None else now + lifetime_s
+    key = Key(name, digest(text), now, allowed, requests_per_minute, concurrency, is_admin, expires=expires)
     with changing(path) as keys:
         if any(known.name == name and known.revoked is None for known in keys):
             raise UsageError(f"there is a key named {name} already.", "revoke it first, or choose another name")
@@ -131,10 +143,20 @@ def revoke(path: Path, name: str) -> Key:
     with changing(path) as keys:
         at = next((i for i, key in enumerate(keys) if key.name == name and key.revoked is None), None)
         if at is None:
-            living = ", ".join(key.name for key in keys if key.revoked is None) or "none"
-            raise UsageError(f"there is no key named {name}.", f"keys: {living}")
+            raise UsageError(f"there is no key named {name}.", hint_for(name, keys))
         keys[at] = replace(keys[at], revoked=time.time())
         return keys[at]
+
+
+def hint_for(name: str, keys: list[Key]) -> str:
+    """What to say to somebody who named a key that is not there."""
+    living = [key.name for key in keys if key.revoked is None]
+    if not living:
+        return "there are no keys; `loraport keys create NAME` makes one"
+    if any(key.name == name for key in keys):
+        return f"it was revoked already; the keys are: {', '.join(living)}"
+    near = next(iter(get_close_matches(name, living, n=1)), None)
+    return f"{f'did you mean {near}? ' if near else ''}the keys are: {', '.join(living)}"
 
 
 class Ring:
@@ -147,9 +169,16 @@ class Ring:
         self.path = path
         self.keys: list[Key] = []
         self.asks = False
+        self.own: Key | None = None
         self._seen: tuple[int, int, int] | None = None
         if path is not None:
             self.take(read(path))
+
+    def issue(self) -> str:
+        """An admin key that lives as long as this gateway and is in no file of keys: for commands of its owner."""
+        text = PREFIX + secrets.token_urlsafe(RANDOM_BYTES)
+        self.own = Key("this machine", digest(text), time.time(), is_admin=True)
+        return text
 
     def take(self, found: list[Key]) -> None:
         """Use these keys from now on."""
@@ -178,7 +207,7 @@ class Ring:
         """The living key that `text` is; every hash is compared, each in constant time."""
         self.refresh()
         asked, found = digest(text), None
-        for key in self.keys:
+        for key in (*self.keys, *([self.own] if self.own else [])):
             if hmac.compare_digest(key.sha256, asked):
                 found = key
-        return found
+        return found if found and found.is_living() else None

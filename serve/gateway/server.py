@@ -23,7 +23,7 @@ BACKLOG = 2048
 HEAD_BYTES = 64 << 10  # of a request, before anything of ours sees it
 HEAD_S = 30.0  # for a request's head to arrive
 KEEP_ALIVE_S = 75
-START_S, END_S = 30.0, 5.0
+START_S, END_S, COUNT_S = 30.0, 5.0, 5.0
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -132,6 +132,22 @@ class Running:
                 raise ResourceError("the gateway did not start.", "this is a bug; run again with --debug")
             time.sleep(0.005)
         return self
+
+    def in_flight(self, engine_name: str) -> int:
+        """Requests that were given that name of the engine and are not answered. Ask from any thread but the gateway's.
+
+        Counted inside the loop: a request that was given a model before is counted, the next ones ask anew.
+        """
+
+        async def count() -> int:
+            return sum(call.asked_as == engine_name for call in self.gateway.running)
+
+        if self.loop is None or not self.thread.is_alive():
+            return 0
+        try:
+            return asyncio.run_coroutine_threadsafe(count(), self.loop).result(COUNT_S)
+        except TimeoutError:
+            return 1  # too busy to say
 
     def stop(self, drain_s: float = 0.0) -> None:
         """Wait for the requests that run, at most `drain_s`; end the others in words; close. Twice is fine.

@@ -29,7 +29,7 @@ class GatewaySettings:
     """Address, bounds and files of a gateway. Times are in seconds, sizes in bytes.
 
     `keys_path` and `usage_path` may be None: then there are no keys (so only loopback is answered), and usage is not
-    kept.
+    kept. `origins`: web pages (https://chat.example) whose scripts may ask, each with a key; none by default.
     """
 
     host: str
@@ -44,6 +44,7 @@ class GatewaySettings:
     idle_s: float = 300.0  # between two chunks of a stream, on either side
     reply_s: float = 3600.0  # until the first byte of a reply that is not streamed
     tokenize_s: float = 10.0
+    origins: tuple[str, ...] = ()
     flush_s: float = 10.0  # between two writings of the usage file, and two looks for clients that have stopped reading
 
     @property

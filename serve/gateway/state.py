@@ -11,12 +11,12 @@ A reader takes one `Snapshot`, which never changes; a writer replaces it. Nothin
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from enum import StrEnum
 from math import ceil
-from typing import Literal
+from typing import Any, Literal
 
 
 class Phase(StrEnum):
@@ -37,7 +37,10 @@ RETRY_S = 5  # where nobody knows how long it takes
 
 @dataclass(frozen=True)
 class Model:
-    """A model that requests may name. `engine_name` is what the engine calls it, where that differs from `id`."""
+    """A model that requests may name. `engine_name` is what the engine calls it, where that differs from `id`.
+
+    `defaults`: fields that go to the engine where a request does not name them (body.fill_defaults).
+    """
 
     id: str
     kind: Literal["base", "adapter"] = "base"
@@ -49,6 +52,7 @@ class Model:
     aliases: tuple[str, ...] = ()
     engine_name: str | None = None
     created: int = 0
+    defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def asked_as(self) -> str:
@@ -117,11 +121,15 @@ class EngineState:
                 target = Target((base_url or "http://engine").removesuffix("/").removesuffix("/v1"), uds)
             self._snapshot = Snapshot(Phase.READY, target=target, models=tuple(models))
 
-    def put(self, model: Model) -> None:
-        """Add a model or replace the one of the same id; requests under way keep what they were given."""
+    def put(self, *models: Model, drop: Collection[str] = ()) -> None:
+        """Add models or replace those of the same ids, and forget those of `drop`, all from one request to the next.
+
+        Requests under way keep what they were given.
+        """
         with self._lock:
-            others = [known for known in self._snapshot.models if known.id != model.id]
-            self._snapshot = replace(self._snapshot, models=(*others, model))
+            gone = {model.id for model in models} | set(drop)
+            others = [known for known in self._snapshot.models if known.id not in gone]
+            self._snapshot = replace(self._snapshot, models=(*others, *models))
 
     def drop(self, name: str) -> None:
         """Forget a model; unknown names are fine."""

@@ -6,6 +6,7 @@ dropped before vLLM drops them (5 s), so that no request meets one that is just 
 """
 
 import asyncio
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -24,6 +25,7 @@ from loraport.serve.gateway.usage import TAIL_BYTES, read_usage
 KEEP_S = 2.0
 READ_BYTES = 256 << 10
 WHOLE_BYTES = 8 << 20  # a reply up to here is sent when it is complete, so that a crash costs no half of it
+NO_CHOICES = re.compile(rb'(?<!\\)"choices":\s*\[\]')
 TO_ENGINE = ("accept", "anthropic-version", "anthropic-beta", "traceparent", "tracestate")
 TO_CLIENT = ("content-type", "content-length", "content-encoding", "cache-control", "retry-after")
 
@@ -118,6 +120,24 @@ async def send_whole(response: aiohttp.ClientResponse, raw: bytes, send: Send) -
     await send({"type": "http.response.body", "body": raw})
 
 
+class HiddenUsage:
+    """Takes the usage out of a stream whose client did not ask for it: the event without choices, which some trip over.
+
+    Whole events go on at once; a piece of one waits for its end.
+    """
+
+    def __init__(self) -> None:
+        self.rest = b""
+
+    def take(self, piece: bytes) -> bytes:
+        """What of the stream may go on."""
+        whole, end, self.rest = (self.rest + piece).rpartition(b"\n\n")
+        if not NO_CHOICES.search(whole):
+            return whole + end
+        events = [event for event in whole.split(b"\n\n") if not NO_CHOICES.search(event)]
+        return b"\n\n".join(events) + end if events else b""
+
+
 async def pass_on(response: aiohttp.ClientResponse, call: Call, send: Send) -> None:
     """Send a reply to the client as it comes: headers with its first bytes, then each piece as it is received.
 
@@ -131,15 +151,18 @@ async def pass_on(response: aiohttp.ClientResponse, call: Call, send: Send) -> N
         await send_whole(response, whole, send)
         return
     tail, started, call.is_events = b"", False, is_events(response)
+    hidden = HiddenUsage() if call.hides_usage and call.is_events else None
     async for piece in response.content.iter_any():
         if not started:
             await send(start)
             started = True
-        call.sending_since = time.monotonic()
-        await send({"type": "http.response.body", "body": piece, "more_body": True})
-        call.sending_since = None
         tail = (tail + piece)[-TAIL_BYTES:]
+        shown = hidden.take(piece) if hidden else piece
+        if shown:
+            call.sending_since = time.monotonic()
+            await send({"type": "http.response.body", "body": shown, "more_body": True})
+            call.sending_since = None
     if not started:
         await send(start)
     call.tokens = read_usage(tail)
-    await send({"type": "http.response.body", "body": b""})
+    await send({"type": "http.response.body", "body": hidden.rest if hidden else b""})

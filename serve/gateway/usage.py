@@ -1,12 +1,13 @@
 """What each key has used: requests and tokens, in memory, written to a file now and then.
 
-Tokens are those that the engine reports as `usage` at the end of its reply. A stream has them only when the client asks
-(`stream_options: {"include_usage": true}`) or the engine is told to; requests without are counted as `uncounted`.
+Tokens are those that the engine reports as `usage` at the end of its reply. A stream has them when they are asked for:
+by the client, or by us where it leaves that open (body.py). Replies without are counted as `uncounted`.
 """
 
 import asyncio
 import json
 import re
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,14 @@ def read_usage(tail: bytes) -> Tokens | None:
 
 @dataclass
 class Used:
-    """Sums of one key."""
+    """Sums of one key; `last`: its latest request, in seconds since the epoch."""
 
     requests: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     uncounted: int = 0
     refused: int = 0
+    last: int = 0
 
 
 class Usage:
@@ -67,7 +69,8 @@ class Usage:
         """Add a request that is over; `replies`: to a route whose replies are written by the model."""
         used = self.by_key.setdefault(key, Used())
         used.requests += 1
-        used.refused += status >= 400
+        used.last = int(time.time())
+        used.refused += status >= 400 and status != 499  # who hung up was not refused
         if tokens is not None:
             used.prompt_tokens += tokens.prompt
             used.completion_tokens += tokens.completion
@@ -108,3 +111,14 @@ def read_file(path: Path) -> dict[str, dict[str, int]]:
         return {str(key): {n: int(v) for n, v in fields.items() if n in names} for key, fields in found.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
+
+
+def read_folder(folder: Path) -> dict[str, Used]:
+    """Sums by name of key over all gateways of this machine, one file each; as of their latest writing."""
+    sums: dict[str, Used] = {}
+    for path in sorted(folder.glob("*.json")):
+        for name, fields in read_file(path).items():
+            sum_, one = sums.setdefault(name, Used()), Used(**fields)
+            for field, value in asdict(one).items():
+                setattr(sum_, field, max(sum_.last, value) if field == "last" else getattr(sum_, field) + value)
+    return sums

@@ -87,9 +87,9 @@ def usable(device: Device) -> int:
 
 
 def capability(device: Device) -> float | None:
-    """Compute capability by the GPU's name; None where it is not known."""
+    """Compute capability as the driver says, else by the GPU's name; None where it is not known."""
     known = find_gpu(device.name)
-    return known.capability if known else None
+    return device.capability or (known.capability if known else None)
 
 
 def batched_tokens(device: Device) -> int:

@@ -107,7 +107,8 @@ def choose_slots(wanted: Wanted, adapters: list[Manifest], spare: int) -> tuple[
     """(rank, slots) as small as the adapters need: vLLM allocates and computes every slot in full.
 
     The rank is rounded up to one that vLLM takes. With spare slots there is one for each adapter, however many:
-    adapters that take turns would fill the spare ones.
+    adapters that take turns would fill the spare ones. And one more, for a version that is loaded beside the one it
+    replaces (adapters/loading.py).
     """
     own = max((manifest.max_lora_rank for manifest in adapters), default=0)
     given = max(wanted.max_lora_rank or 0, own)
@@ -117,7 +118,7 @@ def choose_slots(wanted: Wanted, adapters: list[Manifest], spare: int) -> tuple[
         return 0, 0
     rank = next(allowed for allowed in VLLM_RANKS if allowed >= (given or USUAL_RANK))
     slots = wanted.max_loras or min(max(len(adapters), 1), MOST_SLOTS)
-    return rank, max(slots, len(adapters)) + spare if spare else slots
+    return rank, max(slots, len(adapters)) + 1 + spare if spare else slots
 
 
 def choose_requests(wanted: Wanted, device: Device) -> Choice:
@@ -141,7 +142,8 @@ def describe_adapters(rank: int, slots: int, slot_bytes: int, adapters: list[Man
             Choice("LoRA", f"{slots} slot{'s' if slots > 1 else ''} of rank {rank}", f"as given; {gib(slot_bytes)}")
         ]
     ranks = ", ".join(f"{manifest.name} rank {manifest.rank}" for manifest in adapters)
-    empty = "; the last stays empty, because vLLM on a CPU mixes it into the base's requests" if spare else ""
+    mixed = "; one is for replacing, the last stays empty, because vLLM on a CPU mixes it into the base's requests"
+    empty = mixed if spare else ""
     plural = "s" if slots > 1 else ""
     lora = Choice("LoRA", f"{slots} slot{plural} of rank {rank}", f"{ranks}; {gib(slot_bytes)}{empty}")
     told = describe_template(adapters[0].chat_template_kwargs)

@@ -22,26 +22,28 @@ def is_dated(template: str) -> bool:
     return "strftime_now" in template
 
 
-def check(base_url: str, manifest: Manifest, dated: bool) -> str | None:
-    """Compare all golden prompts of an adapter; a warning, or None. VerificationError shows where a prompt differs."""
-    with httpx.Client(base_url=base_url.removesuffix("/v1"), timeout=TIMEOUT_S, trust_env=False) as client:
-        for number, golden in enumerate(manifest.golden, start=1):
-            served = tokenize(client, manifest.name, golden)
-            if served is None:
-                return f"warning: the engine has no /tokenize: the prompts of {manifest.name} could not be compared."
-            if served == golden.prompt_tokens:
-                continue
-            if dated:
-                return f"warning: prompts of {manifest.name} differ from those in training: its template prints dates."
-            raise explain(client, manifest, number, served)
+def check(client: httpx.Client, manifest: Manifest, dated: bool) -> str | None:
+    """Compare all golden prompts of the model that the engine calls `manifest.name`; a warning, or None.
+
+    VerificationError shows where a prompt differs.
+    """
+    for number, golden in enumerate(manifest.golden, start=1):
+        served = tokenize(client, manifest.name, golden)
+        if served is None:
+            return f"warning: the engine has no /tokenize: the prompts of {manifest.name} could not be compared."
+        if served == golden.prompt_tokens:
+            continue
+        if dated:
+            return f"warning: prompts of {manifest.name} differ from those in training: its template prints dates."
+        raise explain(client, manifest, number, served)
     return None
 
 
 def ask(client: httpx.Client, path: str, body: dict[str, Any]) -> httpx.Response:
     """POST to a route of the engine; EndpointError when it does not answer."""
     try:
-        return client.post(path, json=body)
-    except httpx.HTTPError as error:
+        return client.post(path, json=body, timeout=TIMEOUT_S)
+    except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: the client was closed meanwhile
         raise EndpointError(f"the engine did not answer {path}: {type(error).__name__} {error}.", "") from error
 
 

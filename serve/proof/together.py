@@ -9,15 +9,18 @@ differs, what the same engine says to the same prompt alone decides: a base that
 that was trained on in 4 bits) is no mix-up.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from math import inf
-from threading import Barrier, BrokenBarrierError
+from threading import Barrier, BrokenBarrierError, Event
+
+import httpx
 
 from loraport.clients.errors import VerificationError
-from loraport.serve.proof.verify import TOLERANCES, Outcome, Replayer, Served, Tolerance, replay, tolerance_for
+from loraport.serve.proof.tolerance import Tolerance, tolerance_for, tolerance_of
+from loraport.serve.proof.verify import Outcome, Replayer, Served, replay
 from loraport.train.manifest import Manifest, Reply
 
 CONFIRMATIONS = 2  # which requests share a batch is a matter of milliseconds
@@ -36,14 +39,14 @@ class Question:
     tolerance: Tolerance
 
 
-def check_together(base_url: str, base: str, manifests: list[Manifest], serving_dtype: str) -> None:
+def check_together(client: httpx.Client, base: str, manifests: list[Manifest], serving_dtype: str) -> None:
     """VerificationError unless base and adapters answer at the same moment as they do one by one."""
-    replayer = Replayer(base_url)
+    replayer = Replayer(client)
     questions = list_questions(base, manifests, serving_dtype)
     outcomes = ask_together(replayer, questions)
     if all(outcome.agrees for outcome in outcomes):
         return
-    tolerance = TOLERANCES.get(serving_dtype, TOLERANCES["bfloat16"])
+    tolerance = tolerance_of(serving_dtype)
     alone = [ask_alone(replayer, question, tolerance) for question in questions]
     for _ in range(CONFIRMATIONS):
         for question, outcome in zip(alone, ask_together(replayer, alone), strict=True):
@@ -67,12 +70,13 @@ def ask_together(replayer: Replayer, questions: list[Question]) -> list[Outcome]
     """Ask all questions at the same moment. Ctrl-C leaves at once: the threads end when the engine does.
 
     Recorded replies may be a few tokens long, and over before the next request arrives. So each model also writes a
-    longer text meanwhile, and every question shares its batches with every model.
+    longer text meanwhile, and every question shares its batches with every model. It is given up, and gone, before
+    this returns: whoever loads adapters next must know which of them are still asked (adapters/loading.py).
     """
     if not questions:
         return []
     company = list({question.model: question for question in questions}.values())
-    barrier = Barrier(len(questions) + len(company))
+    barrier, done = Barrier(len(questions) + len(company)), Event()
 
     def gather() -> None:
         with suppress(BrokenBarrierError):
@@ -80,7 +84,7 @@ def ask_together(replayer: Replayer, questions: list[Question]) -> list[Outcome]
 
     def accompany(question: Question) -> None:
         gather()
-        replayer.occupy(question.model, question.prompt, COMPANY_TOKENS)
+        replayer.occupy(question.model, question.prompt, COMPANY_TOKENS, done)
 
     def ask(question: Question) -> Outcome:
         gather()
@@ -88,10 +92,13 @@ def ask_together(replayer: Replayer, questions: list[Question]) -> list[Outcome]
 
     pool = ThreadPoolExecutor(len(questions) + len(company))
     try:
-        for question in company:
-            pool.submit(accompany, question)
-        return list(pool.map(ask, questions))
+        beside = [pool.submit(accompany, question) for question in company]
+        outcomes = list(pool.map(ask, questions))
+        done.set()
+        wait(beside, GATHERING_S)
+        return outcomes
     finally:
+        done.set()
         pool.shutdown(wait=False, cancel_futures=True)
 
 

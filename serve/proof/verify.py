@@ -11,41 +11,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
 from statistics import mean
+from threading import Event
 from typing import Any, Protocol
 
 import httpx
 
 from loraport.clients.errors import EndpointError, VerificationError
+from loraport.serve.proof.tolerance import Tolerance, tolerance_for
 from loraport.train.manifest import Golden, Manifest, Reply
 
-
-@dataclass(frozen=True)
-class Tolerance:
-    """Nats by which rounding may move log-probabilities: at any token, and on average over a reply.
-
-    The average is the sharper test: another adapter moves all tokens, rounding moves few of them much.
-    """
-
-    most: float
-    mean: float
-
-
-# By the coarser of the types that training and serving computed in. Measured with vLLM 0.32.0 on a CPU (AVX-512 with
-# bfloat16) against PEFT in float32, rank 16 on six linears, replies of 4 to 32 tokens: largest difference at a token /
-# largest mean of a reply, where that was measured.
-#   served in float32:   0.2M random 0.00000 / 0.00000   5.8M 0.00001 / 0.00000   embedded 9.2M base 0.00002 / 0.00000
-#   served in bfloat16:  0.2M random 0.006               5.8M 0.036               embedded 9.2M base 0.121   / 0.034
-# And on an H200 with vLLM 0.25.1, served in bfloat16, largest difference at a token:
-#   trained on bfloat16: the demo 0.037      trained on NF4: a random Qwen3 of 1.5B 0.447
-# Other kernels round differently, hence the room above that.
-TOLERANCES = {
-    "float32": Tolerance(0.01, 0.002),
-    "bfloat16": Tolerance(0.35, 0.08),
-    "float16": Tolerance(0.35, 0.08),  # not measured; rounds less than bfloat16
-    "nf4": Tolerance(1.0, 0.2),  # trained on a 4-bit base and served on the 16-bit one
-}
 TOP = 5  # candidates that are asked for at each position: the expected token must be among them
 TIMEOUT_S = 120.0
+COMPLETIONS = "/v1/completions"
 
 
 @dataclass(frozen=True)
@@ -102,11 +79,10 @@ class Served:
 
 
 class Replayer:
-    """Sends prompts as tokens and reads greedy replies as tokens."""
+    """Sends prompts as tokens and reads greedy replies as tokens, through a client of the engine's root."""
 
-    def __init__(self, base_url: str) -> None:
-        self.url = f"{base_url}/completions"
-        self.client = httpx.Client(timeout=TIMEOUT_S, trust_env=False, limits=httpx.Limits(max_connections=None))
+    def __init__(self, client: httpx.Client) -> None:
+        self.client = client
 
     def ask(self, model: str, prompt: list[int], tokens: int) -> Served:
         """A greedy reply of at most `tokens` tokens; EndpointError when there is none.
@@ -120,20 +96,28 @@ class Replayer:
         body |= {"frequency_penalty": 0}
         return self.send(body)
 
-    def occupy(self, model: str, prompt: list[int], tokens: int) -> None:
-        """Let `model` write exactly `tokens` tokens, which nobody reads: company for the requests beside it."""
+    def occupy(self, model: str, prompt: list[int], tokens: int, done: Event) -> None:
+        """Let `model` write `tokens` tokens, or until `done`: company for the requests beside it, which nobody reads.
+
+        A stream that is given up ends in the engine at once.
+        """
         body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-        with suppress(httpx.HTTPError):
-            self.client.post(self.url, json=body)
+        with (
+            suppress(httpx.HTTPError),
+            self.client.stream("POST", COMPLETIONS, json=body | {"stream": True}, timeout=TIMEOUT_S) as answer,
+        ):
+            for _ in answer.iter_raw():
+                if done.is_set():
+                    return
 
     def send(self, body: dict[str, Any]) -> Served:
         """The reply to one completion request; EndpointError when there is none."""
         try:
-            answer = self.client.post(self.url, json=body)
+            answer = self.client.post(COMPLETIONS, json=body, timeout=TIMEOUT_S)
             if answer.status_code != 200:
                 raise EndpointError(f"the engine answered {answer.status_code} to a replay: {answer.text[:300]}.", "")
             return read_reply(answer.json()["choices"][0])
-        except (httpx.HTTPError, ValueError, KeyError, TypeError, IndexError) as error:
+        except (httpx.HTTPError, RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
             raise EndpointError(f"the engine did not answer a replay: {type(error).__name__} {error}.", "") from error
 
 
@@ -216,22 +200,19 @@ class Recorded:
         return Served(tuple(reply.tokens[start:end]), candidates, others, reply.text, stopped)
 
 
-def tolerance_for(manifest: Manifest, serving_dtype: str) -> Tolerance:
-    """What rounding explains: the tolerance of the coarser of the two types."""
-    coarser = (TOLERANCES.get(dtype, TOLERANCES["bfloat16"]) for dtype in (manifest.base_dtype, serving_dtype))
-    return max(coarser, key=lambda tolerance: tolerance.most)
-
-
 def tells_apart(golden: Golden, tolerance: Tolerance) -> bool:
     """Whether the base's recorded reply could not pass for the adapter's."""
     base = Recorded(golden.base, len(golden.prompt_tokens))
     return not replay(base, "base", golden.prompt_tokens, golden.adapter, tolerance).agrees
 
 
-def verify(base_url: str, manifest: Manifest, serving_dtype: str) -> Verified:
-    """Replay all golden replies of one adapter. VerificationError says what differs; EndpointError: no answer."""
+def verify(client: httpx.Client, manifest: Manifest, serving_dtype: str) -> Verified:
+    """Replay all golden replies of the model that the engine calls `manifest.name`.
+
+    VerificationError says what differs; EndpointError: no answer.
+    """
     tolerance = tolerance_for(manifest, serving_dtype)
-    replayer = Replayer(base_url)
+    replayer = Replayer(client)
     outcomes = []
     for golden in manifest.golden:
         outcomes.append(replay(replayer, manifest.name, golden.prompt_tokens, golden.adapter, tolerance))

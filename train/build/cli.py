@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from loraport.clients.endpoint import api_key
+from loraport.clients.endpoint import PLACEHOLDER_KEY
 from loraport.clients.errors import UsageError
 from loraport.clients.terminal import console, print_json, say
 
@@ -82,7 +82,7 @@ def build(
 def key_from(variable: str | None) -> str:
     """The key in a variable of the environment. UsageError when the variable is named and not set."""
     if variable is None:
-        return api_key()
+        return os.environ.get("OPENAI_API_KEY") or PLACEHOLDER_KEY  # never LORAPORT_API_KEY: this may be any server
     key = os.environ.get(variable)
     if not key:
         raise UsageError(f"the variable {variable} is not set.", "export it, or leave --ask-key-env out")

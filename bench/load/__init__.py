@@ -1,0 +1,1 @@
+"""Load on an OpenAI-compatible server, in processes of its own: requests, their timelines, and what they mean."""

@@ -1,0 +1,238 @@
+"""What all load tests share: the server looked at, prompts made, the client calibrated, models warmed, stages run.
+
+>>> with Measurement(setting, targets, folder) as measurement:
+...     measurement.prepare()
+...     measurement.run("8 at once", targets, Load("closed", 8), requests=64)
+>>> measurement.results()[0]["headline"]["output_tokens_per_second"]
+512.3
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from loraport.bench.environment import server_command
+from loraport.bench.load.figures import Records, read_records, summarize
+from loraport.bench.load.fleet import Fleet, Progress
+from loraport.bench.load.record import ERRORS
+from loraport.bench.load.server import Server, difference
+from loraport.bench.load.stage import Effort, Load, Stage, Target
+from loraport.bench.load.verdict import Calibration, calibrate, describe_client, judge
+from loraport.bench.load.workload import Wish, Workload, make_workload
+from loraport.clients.errors import EndpointError
+
+PROMPTS_A_STAGE = 1 << 24  # numbers of prompts that no other stage uses
+WARM_UP_REQUESTS = 8  # at once
+FEW_TARGETS = 8
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How to measure. `limits`: seconds by name, for goodput; `processes`: that send requests."""
+
+    wish: Wish
+    processes: int = 1
+    timeout_s: float = 600
+    calibrates: bool = True
+    limits: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def may_hit_cache(self) -> bool:
+        """Whether prompts are meant to share what a prefix cache holds: a prefix, or rows of the user's own."""
+        return bool(self.wish.prefix or self.wish.rows)
+
+
+@dataclass
+class Ran:
+    """A stage that ran, and what it cost the client."""
+
+    stage: Stage
+    efforts: list[Effort] = field(default_factory=list)
+    counters: dict[str, Any] = field(default_factory=dict)
+    is_whole: bool = False
+
+
+class Measurement:
+    """One run against one or several servers. `stages` grows while it runs, and stays when it is interrupted."""
+
+    def __init__(self, setting: Setting, targets: Sequence[Target], folder: Path) -> None:
+        self.setting, self.folder = setting, folder
+        self.targets = list(dict.fromkeys(targets))
+        self.stages: list[Ran] = []
+        self.calibration: Calibration | None = None
+        self.workload: Workload | None = None
+        self.servers: dict[str, dict[str, Any]] = {}
+        self.on_progress: Progress = lambda sums: None
+        self.on_step: Callable[[str], None] = lambda words: None
+        self.numbers = itertools.count()
+        self.stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stack.close()
+
+    @property
+    def first_url(self) -> str:
+        """The base URL of the first target, which decides about prompts."""
+        return self.targets[0].url
+
+    def prepare(self, concurrency: int) -> None:
+        """Look at the servers, make prompts, calibrate the client, start it and warm up every target.
+
+        Raises EndpointError when a server, a model or the usage of tokens is not there.
+        """
+        self.clients = {
+            url: self.stack.enter_context(Server(url)) for url in dict.fromkeys(t.url for t in self.targets)
+        }
+        self.on_step("looking at the server")
+        for url, server in self.clients.items():
+            self.servers[url] = describe_server(server)
+        self.workload = make_workload(self.clients[self.first_url], self.targets[0].model, self.setting.wish)
+        if self.setting.calibrates:
+            self.on_step("calibrating the client against a server that does nothing")
+            self.calibration = calibrate(self.setting.processes, concurrency, self.workload.source.input[1])
+        fleet = Fleet(
+            self.workload.source,
+            self.folder,
+            self.setting.processes,
+            self.setting.timeout_s,
+            lambda sums: self.on_progress(sums),
+        )
+        self.fleet = self.stack.enter_context(fleet)
+        self.on_step("warming up")
+        self.warm_up(min(concurrency, WARM_UP_REQUESTS))
+
+    def warm_up(self, requests: int) -> None:
+        """A few requests to every target, two where there are many; EndpointError for one that answers none."""
+        each = Load("closed", requests if len(self.targets) <= FEW_TARGETS else 1)
+        stages = [self.stage("warm-up", [target], each, 2 * each.concurrency) for target in self.targets]
+        for stage in stages:
+            self.stages.append(Ran(stage, self.fleet.run(stage), is_whole=True))
+        found = read_records(self.folder)
+        for stage in stages:
+            records = found.get(stage.id, Records())
+            if records.requests == sum(records.errors.values()):
+                raise silent(stage.targets[0], records)
+
+    def stage(
+        self, label: str, targets: Sequence[Target], load: Load, requests: int | None, seconds: float | None = None
+    ) -> Stage:
+        """The next stage, with prompts of its own."""
+        number = next(self.numbers)
+        return Stage(number, label, list(targets), load, requests, seconds, number * PROMPTS_A_STAGE)
+
+    def run(
+        self,
+        label: str,
+        targets: Sequence[Target],
+        load: Load,
+        requests: int | None = None,
+        seconds: float | None = None,
+    ) -> Ran:
+        """Run a stage. Ctrl-C goes through; the stage is then kept as far as it came."""
+        ran = Ran(self.stage(label, targets, load, requests, seconds))
+        self.stages.append(ran)
+        counting = self.clients[targets[0].url]
+        before = counting.counters()
+        ran.efforts = self.fleet.run(ran.stage)
+        ran.counters, ran.is_whole = difference(before, counting.counters()), True
+        return ran
+
+    def results(self) -> list[dict[str, Any]]:
+        """Each stage but the warm-up as a document: figures, client, verdict, and the headline where it is believed."""
+        ran = [each for each in self.stages if each.stage.label != "warm-up"]
+        found = read_records(self.folder)
+        several = any(len({target.model for target in each.stage.targets}) > 1 for each in ran)
+        by_model = read_records(self.folder, lambda record: (record.stage, record.model)) if several else {}
+        return [self.result(each, found.get(each.stage.id, Records()), by_model) for each in ran]
+
+    def result(self, ran: Ran, records: Records, by_model: dict[Any, Records]) -> dict[str, Any]:
+        """One stage as a document."""
+        stage = ran.stage
+        figures = summarize(records, stage.load, self.setting.limits)
+        client = describe_client(ran.efforts)
+        hits = ran.counters.get("prefix_cache_hit_rate") if figures["cached_share"] is None else figures["cached_share"]
+        reasons = judge(figures, client, self.calibration, None if self.setting.may_hit_cache else hits)
+        models = {
+            name: summarize(by_model[(number, name)], stage.load, self.setting.limits)
+            for number, name in by_model
+            if number == stage.id
+        }
+        return {
+            "label": stage.label,
+            "stage": stage.id,
+            "load": asdict(stage.load),
+            "targets": [asdict(target) for target in stage.targets],
+            "complete": ran.is_whole,
+            "believed": not reasons,
+            "reasons": reasons,
+            "headline": None if reasons else headline(figures),
+            "figures": figures,
+            "by_model": models,
+            "client": client,
+            "server": ran.counters,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Servers, prompts and client, for the document."""
+        wish, source = self.setting.wish, self.workload.source if self.workload else None
+        return {
+            "servers": self.servers,
+            "workload": {
+                "route": wish.route,
+                "prompts": source.kind if source else None,
+                "input_tokens": list(wish.input),
+                "output_tokens": list(wish.output),
+                "shared_prefix": wish.prefix,
+                "rows": len(wish.rows),
+                "natural": wish.natural,
+                "seed": wish.seed,
+                "extra": source.extra if source else {},
+                "notes": self.workload.notes if self.workload else [],
+            },
+            "client": {
+                "processes": self.setting.processes,
+                "timeout_s": self.setting.timeout_s,
+                "calibration": asdict(self.calibration) if self.calibration else None,
+            },
+        }
+
+
+def describe_server(server: Server) -> dict[str, Any]:
+    """What a server tells of itself; None for what it does not."""
+    cards = server.cards()
+    address = server.address
+    return {
+        "version": server.version(),
+        "models": [card.id for card in cards],
+        "context": next((card.max_model_len for card in cards if card.max_model_len), None),
+        "command": None if address.socket else server_command(address.host, address.port),
+    }
+
+
+def silent(target: Target, records: Records) -> EndpointError:
+    """The error for a target that answered none of its warm-up."""
+    kinds = ", ".join(
+        f"{count} × {ERRORS.get(kind, kind)}" + (f": {records.said[kind]}" if records.said.get(kind) else "")
+        for kind, count in records.errors.items()
+    )
+    message = f"{target.model} at {target.url} answered none of {records.requests} requests ({kinds.rstrip('.')})."
+    return EndpointError(message, "the server's log says more")
+
+
+def headline(figures: dict[str, Any]) -> dict[str, Any]:
+    """The few figures that a stage is known by."""
+    steady = figures["steady"] or figures
+    return {
+        "output_tokens_per_second": steady["output_tokens_per_second"],
+        "requests_per_second": steady["requests_per_second"],
+        "window": "steady" if figures["steady"] else "whole",
+        "ttft_ms": {name: figures["ttft_ms"][name] for name in ("p50", "p99")},
+        "tpot_ms": figures["tpot_ms"] and {name: figures["tpot_ms"][name] for name in ("p50", "p99")},
+    }

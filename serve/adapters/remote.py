@@ -1,0 +1,88 @@
+"""A running endpoint's admin routes, asked from the command line; its refusals become our errors again.
+
+>>> ask(home, None, "POST", "/admin/adapters", {"reference": "demo@v2"})["version"]
+'v2'
+"""
+
+import os
+from contextlib import suppress
+from typing import Any
+
+from loraport.clients.endpoint import (
+    EndpointRecord,
+    endpoint_errors,
+    find_base_url,
+    find_record,
+    is_alive,
+    read_records,
+)
+from loraport.clients.errors import (
+    AdapterError,
+    EndpointError,
+    LoraportError,
+    Refused,
+    ResourceError,
+    UsageError,
+    VerificationError,
+)
+from loraport.clients.home import Home
+
+ADMIN_KEY = "LORAPORT_ADMIN_KEY"
+CHANGE_S = 900.0  # a large adapter from a slow disk, then its replies on a slow CPU
+LOOK_S = 5.0
+KINDS: dict[str, type[LoraportError]] = {
+    "wrong_usage": UsageError,
+    "adapter_refused": AdapterError,
+    "verification_failed": VerificationError,
+    "no_room": ResourceError,
+    "engine_unreachable": EndpointError,
+}
+
+
+def ask(home: Home, base_url: str | None, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """An endpoint's answer to an administrator; the error that it tells of, EndpointError where it says nothing."""
+    own = next((record.base_url for record in read_records(home) if is_alive(record.process)), None)
+    url = find_base_url(base_url or own, home)
+    return send(url, find_record(url, home), method, path, body, CHANGE_S)
+
+
+def send(
+    url: str, record: EndpointRecord | None, method: str, path: str, body: dict[str, Any] | None, wait_s: float
+) -> dict[str, Any]:
+    """One request; `url` ends in /v1."""
+    import httpx
+
+    key = os.environ.get(ADMIN_KEY, "").strip() or (record.admin_key if record else None)
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    with endpoint_errors(url):
+        root = url.rstrip("/").removesuffix("/v1")
+        answer = httpx.request(method, root + path, json=body, headers=headers, timeout=wait_s, trust_env=False)
+    try:
+        document = answer.json()
+    except ValueError:
+        document = {}
+    if answer.status_code == 200 and isinstance(document, dict):
+        return document
+    raise refusal(url, answer.status_code, document.get("error") if isinstance(document, dict) else None)
+
+
+def refusal(url: str, status: int, error: Any) -> LoraportError:
+    """The error that an endpoint told of."""
+    if not isinstance(error, dict) or not error.get("message"):
+        return EndpointError(f"{url} answered {status}.", "is it an endpoint of Loraport? check the URL")
+    if status in (401, 403):
+        hint = f"set {ADMIN_KEY} to an admin key: `loraport keys create NAME --admin`, where it is served, makes one"
+        return EndpointError(f"{url} does not allow it: {error['message']}", hint)
+    kind = KINDS.get(str(error.get("code")), Refused)
+    return kind(error["message"], error.get("hint") or "", tuple(error.get("details") or ()))
+
+
+def listings(home: Home) -> list[dict[str, Any]]:
+    """The adapters of all endpoints that serve on this machine; of those that do not answer, none."""
+    found = []
+    for record in read_records(home):
+        if is_alive(record.process):
+            with suppress(LoraportError):
+                document = send(record.base_url, record, "GET", "/admin/adapters", None, LOOK_S)
+                found += [entry | {"base_url": record.base_url} for entry in document["adapters"]]
+    return found

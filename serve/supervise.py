@@ -1,0 +1,294 @@
+"""Keeps an engine alive: started, watched, started again when it crashes or hangs, left down when that does not help.
+
+The gateway in front of it goes on answering: its state (gateway/state.py) says which phase the engine is in, why, and
+for how long. What an engine needs before it takes requests (adapters loaded, replies verified) is `bring_up`.
+
+    >>> keeper = Keeper(launch, home, state, bring_up)
+    >>> keeper.start()
+    >>> keeper.watch()                       # until a signal, or until it stays down, which is an EngineError
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+import httpx
+
+from loraport.clients.errors import EngineError, LoraportError, UsageError
+from loraport.clients.home import Home
+from loraport.clients.terminal import console, say
+from loraport.serve import checks
+from loraport.serve.engine import versions
+from loraport.serve.engine.connect import connect
+from loraport.serve.engine.process import Engine, Launch, arguments
+from loraport.serve.engine.starts import Start, expected_seconds
+from loraport.serve.engine.startup import Timeline, explain_death, served_context, wait_ready
+from loraport.serve.gateway.state import EngineState, Model, Phase
+from loraport.serve.plan.on_cpu import BLOCK
+
+GATEWAY_PHASES = {
+    "weights": Phase.LOADING,
+    "LoRA slots": Phase.LOADING,
+    "compilation": Phase.COMPILING,
+    "profiling": Phase.COMPILING,
+    "graph capture": Phase.COMPILING,
+}
+# What moves with the work of an engine alone, and not with requests that come, wait or are given up.
+COUNTED = ("vllm:prompt_tokens", "vllm:generation_tokens", "vllm:iteration_tokens", "vllm:kv_cache_usage")
+METRICS_S = 10.0
+DYING_S = 2.0  # between the last answer of an engine that dies and its end
+SILENT_GPU_S, SILENT_CPU_S = 90.0, 300.0  # one step of a large model over a long prompt takes minutes on a CPU
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds. `silent_s`: how long an engine that was asked for a token may do nothing at all until it counts as hung.
+
+    After `most` crashes within `window_s` the engine stays down. Between them it waits: `pause_s`, then twice that, at
+    most `longest_pause_s`.
+    """
+
+    silent_s: float
+    look_s: float = 1.0
+    probe_s: float = 15.0
+    window_s: float = 600.0
+    most: int = 3
+    pause_s: float = 1.0
+    longest_pause_s: float = 30.0
+
+    @classmethod
+    def on(cls, kind: str) -> "Patience":
+        """For a device of that kind."""
+        return cls(silent_s=SILENT_CPU_S if kind == "cpu" else SILENT_GPU_S)
+
+
+@dataclass
+class Running:
+    """An engine that answers, the client that reaches it, its start, and what its counters said last."""
+
+    engine: Engine
+    client: httpx.Client
+    launch: Launch
+    timeline: Timeline
+    counters: str = ""
+    asked: float = field(default_factory=time.monotonic)
+
+
+BringUp = Callable[[Running], Sequence[Model]]
+
+
+class Keeper:
+    """One engine after the other. `launch` is as planned, and then as it was found to start."""
+
+    def __init__(
+        self, launch: Launch, home: Home, state: EngineState, bring_up: BringUp, patience: Patience | None = None
+    ) -> None:
+        self.launch, self.home, self.state, self.bring_up = launch, home, state, bring_up
+        self.patience = patience or Patience.on(launch.device.kind)
+        self.running: Running | None = None
+        self.crashes: list[float] = []
+        self.spoiled = ""  # why the engine must be replaced though it runs; written by other threads
+        self.cause = ""  # of the restart that is under way
+        self.is_restart = False
+
+    def start(self) -> Running:
+        """Start an engine and bring it up. Any LoraportError ends it again.
+
+        One that refuses its context is started once more with the context that vLLM names.
+        """
+        try:
+            return self.attempt()
+        except EngineError as error:
+            lines = list(self.running.engine.last) if self.running else []
+            shorter = with_context_that_fits(self.launch, lines)
+            self.end()
+            if shorter is None:
+                raise error
+            self.launch = shorter
+            return self.attempt()
+
+    def attempt(self) -> Running:
+        """One try; the engine is left as it is where that fails, for its words to be read."""
+        launch, kind = self.launch, kind_of(self.launch)
+        client = connect(launch.socket)  # first: a signal between engine and `running` would leave an orphan
+        running = self.running = Running(Engine(launch, self.home), client, launch, Timeline())
+        engine = running.engine
+        say(f"  log         {engine.log_path}")
+        version = ".".join(map(str, launch.version))
+        start = Start(kind, launch.port, list(launch.base_names), version, arguments(launch), self.is_restart)
+        expected = expected_seconds(self.home, kind)
+        outcome = "interrupted"
+        try:
+            running.timeline = wait_ready(
+                engine, running.client, list(launch.base_names), lambda phase, at: self.tell(phase, at, expected)
+            )
+            running.launch = self.launch = with_context_found(launch, running.client)
+            self.tell("verifying", time.monotonic() - engine.started, expected)
+            models = self.bring_up(running)
+            outcome = "ready"
+        except LoraportError as error:
+            outcome = error.message
+            raise
+        finally:
+            start.models += [adapter.manifest.name for adapter in launch.adapters]
+            with suppress(LoraportError):  # a full disk ends no engine
+                start.finish(self.home, running.timeline.seconds, outcome)
+        self.state.ready(models, uds=str(launch.socket))
+        return running
+
+    def tell(self, phase: str, at: float, expected: float | None) -> None:
+        """The gateway's clients hear of a phase of the start."""
+        known = Phase.VERIFYING if phase == "verifying" else GATEWAY_PHASES.get(phase, Phase.STARTING)
+        if self.is_restart:
+            known, phase = Phase.RESTARTING, f"{self.cause} ({phase})"
+        self.state.begin(known, phase, max(1.0, expected - at) if expected else None)
+
+    def watch(self) -> None:
+        """Look after the engine; EngineError once it stays down. A signal ends this as whatever the handler raises."""
+        while True:
+            cause = self.trouble()
+            if cause:
+                self.recover(cause)
+
+    def spoil(self, reason: str) -> None:
+        """Have the engine replaced: what it holds is wrong. From any thread."""
+        self.spoiled = reason
+
+    def trouble(self) -> EngineError | None:
+        """What is wrong with the engine, after at most a second; None where all is well."""
+        running = self.running
+        assert running is not None
+        engine = running.engine
+        if engine.wait(self.patience.look_s) is not None:
+            return death(engine)
+        if self.spoiled:
+            reason, self.spoiled = self.spoiled, ""
+            return EngineError(f"the engine is replaced: {reason}", f"all it said is in {engine.log_path}")
+        while not engine.lines.empty():  # the log file has them; this queue must not grow
+            engine.lines.get()
+        if time.monotonic() - running.asked < self.patience.probe_s:
+            return None
+        return self.probe(running)
+
+    def probe(self, running: Running) -> EngineError | None:
+        """Whether the engine still computes: its counters move, or it gives a token to who asks for one.
+
+        A busy engine lets a new request wait, and a long prompt takes its time: only where nothing at all happens
+        meanwhile does it hang.
+        """
+        before, running.counters = running.counters, counters(running.client)
+        if running.counters and running.counters != before:
+            running.asked = time.monotonic()
+            return None
+        while not give_token(running.client, running.launch.base_names[0], self.patience.silent_s):
+            if running.engine.wait(DYING_S) is not None:
+                return death(running.engine)
+            now = counters(running.client)
+            if not now or now == running.counters:
+                hint = f"all it said is in {running.engine.log_path}"
+                return EngineError(f"the engine hangs: it gave no token for {self.patience.silent_s:g} s.", hint)
+            running.counters = now
+        running.counters, running.asked = counters(running.client), time.monotonic()
+        return None
+
+    def recover(self, cause: LoraportError) -> None:
+        """Start the engine again, until it runs or has ended too often, which is an EngineError."""
+        self.is_restart = True
+        while True:
+            now = time.monotonic()
+            self.crashes = [at for at in self.crashes if now - at < self.patience.window_s] + [now]
+            if len(self.crashes) >= self.patience.most:
+                self.stay_down(cause)
+            self.cause = cause.message.rstrip(".")
+            self.state.begin(Phase.RESTARTING, self.cause, expected_seconds(self.home, kind_of(self.launch)))
+            say(f"{cause.message} It is started again ({len(self.crashes)} of {self.patience.most - 1}).", "yellow")
+            for line in cause.details:
+                say(f"  {line}")
+            self.end()
+            doubled = self.patience.pause_s * 2 ** (len(self.crashes) - 1)
+            time.sleep(min(doubled, self.patience.longest_pause_s))
+            try:
+                running = self.start()
+            except LoraportError as error:
+                cause = error
+            else:
+                say(f"the engine is ready again, after {sum(running.timeline.seconds.values()):.1f} s.", "green")
+                return
+
+    def stay_down(self, cause: LoraportError) -> None:
+        """Give up, in words that every client gets."""
+        minutes = self.patience.window_s / 60
+        often = f"it ended {len(self.crashes)} times within {minutes:.0f} minutes"
+        words = f"{cause.message.rstrip('.')}; {often} and stays down"
+        self.state.begin(Phase.DOWN, words)
+        self.end()
+        raise EngineError(f"{words}.", cause.hint, cause.details)
+
+    def end(self) -> None:
+        """End the engine, and say so where it takes a while. Twice is fine."""
+        running, self.running = self.running, None
+        if running is None:
+            return
+        running.client.close()
+        if running.engine.status is None:
+            with console.status("stopping the engine"):
+                running.engine.stop()
+        else:
+            running.engine.stop()
+
+
+def death(engine: Engine) -> EngineError:
+    """Why an engine that served has ended."""
+    engine.drain.join(2)
+    return explain_death(engine, "while serving")
+
+
+def kind_of(launch: Launch) -> str:
+    """What decides how long a start takes."""
+    plan = launch.plan
+    lora = f", LoRA rank {plan.rank} × {plan.slots}" if plan.slots else ""
+    return f"{launch.base.folder} on {launch.device.name}, {plan.quantization}{lora}"
+
+
+def counters(client: httpx.Client) -> str:
+    """What the engine counts of its work, as text; empty where it does not answer."""
+    with suppress(httpx.HTTPError):
+        lines = client.get("/metrics", timeout=METRICS_S).text.splitlines()
+        return "\n".join(line for line in lines if line.startswith(COUNTED))
+    return ""
+
+
+def give_token(client: httpx.Client, model: str, wait_s: float) -> bool:
+    """Whether the engine answers a request for one token, with whatever, within that time."""
+    body = {"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0}
+    try:
+        return client.post("/v1/completions", json=body, timeout=wait_s).status_code < 500
+    except httpx.HTTPError:
+        return False
+
+
+def with_context_that_fits(launch: Launch, lines: list[str]) -> Launch | None:
+    """The launch with the context that vLLM said would fit, in whole blocks, where it refused to start with ours.
+
+    None where it said nothing of it, or nothing shorter, or too little to replay the adapters' recorded replies.
+    """
+    named = versions.named_context(lines)
+    context = (named or 0) // BLOCK * BLOCK
+    if not 0 < context < launch.plan.context:
+        return None
+    with suppress(UsageError):
+        checks.check_golden_fit(list(launch.adapters), context)
+        say(
+            f"warning: vLLM has no room for a context of {launch.plan.context:,} tokens; it is started again with "
+            f"{context:,}, which it says will fit.",
+            "yellow",
+        )
+        return replace(launch, plan=replace(launch.plan, context=context, is_auto=False))
+    return None
+
+
+def with_context_found(launch: Launch, client: httpx.Client) -> Launch:
+    """The launch with the context that vLLM has found by itself, where that was left to it."""
+    found = served_context(client) if launch.plan.is_auto else None
+    return replace(launch, plan=replace(launch.plan, context=found)) if found else launch
