@@ -5,7 +5,6 @@ Each check raises the error that says what is wrong; none changes anything.
 
 import contextlib
 import ipaddress
-import json
 import os
 import shlex
 import socket
@@ -182,18 +181,6 @@ def name_base(base: Base, adapters: list[Adapter]) -> tuple[str, ...]:
     if BASE_ALIAS in taken:
         raise UsageError("an adapter cannot be called `base`: that is the base model's name.", "rename the adapter")
     return tuple(name for name in names if name not in taken)
-
-
-def check_template_kwargs(adapters: list[Adapter]) -> None:
-    """UsageError unless training told the chat template the same for all: the engine has one default for everybody."""
-    for adapter in adapters[1:]:
-        first, other = adapters[0].manifest, adapter.manifest
-        if other.chat_template_kwargs != first.chat_template_kwargs:
-            raise UsageError(
-                f"{first.name} and {other.name} were trained with different settings of the chat template: "
-                f"{json.dumps(first.chat_template_kwargs)} and {json.dumps(other.chat_template_kwargs)}.",
-                "serve them in two processes on two ports, or train one of them again",
-            )
 
 
 def check_golden_fit(adapters: list[Adapter], context: int) -> None:

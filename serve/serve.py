@@ -158,7 +158,6 @@ def find_served(request: Request, home: Home, version: versions.Version) -> tupl
         registered = Catalog(home, request.port).registered()
         references, model = list(registered.references), registered.base
     adapters = checks.open_adapters(home, references, version, model)
-    checks.check_template_kwargs(adapters)
     return adapters, checks.find_base(model, adapters)
 
 
@@ -289,7 +288,8 @@ class Service:
         running.timeline.see_end("verification", time.monotonic() - running.engine.started)
         self.restored = [Restored(adapter, loaded)]
         name, version = adapter.manifest.name, adapter.manifest.version
-        model = model_of(loaded, name, (f"{name}:latest", f"{name}@{version}"), "base", launch.plan.context)
+        ends = sampling.engine_ends(launch.base, [adapter.manifest])
+        model = model_of(loaded, name, (f"{name}:latest", f"{name}@{version}"), "base", launch.plan.context, ends)
         return [replace(model, engine_name=name, parent=adapter.manifest.base.model)]
 
     def tell(self, running: Running) -> None:

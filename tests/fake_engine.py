@@ -197,11 +197,11 @@ class Models:
             return "adapter"
         return "base" if is_base or replies == "base" else "adapter"
 
-    def tokenize(self, model: str, messages: list[dict[str, str]]) -> list[int]:
+    def tokenize(self, model: str, messages: list[dict[str, str]], told: dict[str, bool]) -> list[int]:
         """A golden prompt's tokens; others when the template is told something else than in training."""
         manifest = self.manifests[model]
         tokens, *_ = [golden["prompt_tokens"] for golden in manifest["golden"] if golden["messages"] == messages]
-        return [*tokens[:-1], GARBAGE] if self.template_kwargs != manifest["chat_template_kwargs"] else tokens
+        return [*tokens[:-1], GARBAGE] if self.template_kwargs | told != manifest["chat_template_kwargs"] else tokens
 
     def choose(self, model: str, prompt: list[int], most: int) -> dict[str, Any]:
         """A completion choice for a golden prompt, or for one that part of its reply was added to."""
@@ -324,7 +324,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path in REPLIES and not (self.path == "/v1/completions" and self.models.is_golden(body)):
             self.write_words(body)
         elif self.path == "/tokenize":
-            self.answer(200, {"tokens": self.models.tokenize(body["model"], body["messages"])})
+            told = body.get("chat_template_kwargs") or {}
+            self.answer(200, {"tokens": self.models.tokenize(body["model"], body["messages"], told)})
         elif self.path != "/v1/completions":
             self.answer(404, {"error": {"message": "Not Found", "code": 404}})
         else:

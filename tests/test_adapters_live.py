@@ -376,15 +376,17 @@ def test_a_copy_of_a_version_is_another_version(home: Home, base: Base, tmp_path
     assert adapter(home, f"other={copied}").manifest.name == "other"
 
 
-def test_what_the_engine_was_not_told_at_its_start_is_said(home: Home, base: Base) -> None:
+def test_what_the_engine_was_not_told_at_its_start_comes_with_each_request(home: Home, base: Base) -> None:
     write_version(home, base, "v1", chat_template_kwargs={"enable_thinking": False})
     write_version(home, base, "v2", stop_tokens=[31])
-    with bench(home, base, wrong="demo@v2") as at:
-        with pytest.raises(UsageError, match="demo was trained with other settings of the chat template"):
-            at.live.load("demo@v1")
-        with pytest.raises(VerificationError) as caught:
-            at.live.load("demo@v2")
-        assert "it stops on tokens [31], of which this engine knows nothing" in caught.value.hint
+    with bench(home, base) as at:
+        at.live.load("demo@v1")
+        models = {model.id: model.defaults for model in at.live.engine.snapshot.models}
+        assert models["demo"]["chat_template_kwargs"] == {"enable_thinking": False} and not models["base"]
+        at.live.load("demo@v2")
+        models = {model.id: model.defaults for model in at.live.engine.snapshot.models}
+        assert models["demo"] == {"stop_token_ids": [31]}
+        assert models["demo@v1"]["chat_template_kwargs"] == {"enable_thinking": False}
 
 
 def test_adapters_in_the_wrong_slot_are_served_no_longer(home: Home, base: Base) -> None:

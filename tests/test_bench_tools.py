@@ -84,6 +84,14 @@ def test_one_that_never_answers_is_ended_in_time(
     assert run["error"] == "it took longer than 1 s before: port" and run["left_behind"] == 0
 
 
+def test_what_outlives_the_command_is_told_and_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_GRANDCHILD", "1")
+    bench_startup(fake_command(tmp_path, free_port()), cold=0, warm=1, timeout=60)
+    assert "warm: 1 processes outlived it" in capsys.readouterr().out
+
+
 def test_what_answers_already_is_not_measured(tmp_path: Path) -> None:
     with Misbehaving(["good"]) as server, pytest.raises(UsageError, match="something answers"):
         bench_startup(["true"], server.base_url)

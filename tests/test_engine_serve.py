@@ -78,5 +78,5 @@ def test_prompts_unlike_those_of_training_are_noticed(home: Home, tmp_path: Path
     make_tiny_adapter(home.root, make_tiny_base(tmp_path / "tiny-base", THINKING), "demo")
     running = Serving(home, "demo", "--", "--default-chat-template-kwargs", '{"enable_thinking": true}')
     assert running.end() == 3
-    assert "error: the engine renders messages for demo differently than training did (prompt 1" in running.text
+    assert "error: the engine renders messages for demo@v1 differently than training did (prompt 1" in running.text
     assert "served:" in running.text and "assistant\\n<think>" in running.text

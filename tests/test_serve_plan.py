@@ -175,7 +175,8 @@ def test_what_the_chat_template_is_told_is_said() -> None:
     assert shape is not None
     told = manifest(8).model_copy(update={"chat_template_kwargs": {"enable_thinking": False}})
     choice = plan(Wanted(), shape, [told], LAPTOP).choices[-1]
-    assert (choice.name, choice.value, choice.reason) == ("chat template", "thinking off", "as in training")
+    words = f"thinking off for {told.name}"
+    assert (choice.name, choice.value, choice.reason) == ("chat template", words, "as in training")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from loraport.clients.endpoint import find_base_url, read_records
 from loraport.clients.errors import AdapterError, BaseModelError, ResourceError, UsageError
 from loraport.clients.home import Home
 from loraport.serve import checks
+from loraport.serve.engine.connect import connect, socket_path
 from loraport.serve.gateway.keys import create
 from loraport.serve.plan.settings import Wanted
 from loraport.serve.serve import Request, serve
@@ -286,22 +287,29 @@ def test_the_template_is_told_what_training_told_it(stocked: Home) -> None:
     change(manifest, chat_template_kwargs={"enable_thinking": False})
     with serving(stocked, "demo", *ENGINE) as running:
         plan = running.ready()["plan"]
-        assert plan["chat template"] == {"value": "thinking off", "reason": "as in training"}
+        assert plan["chat template"] == {"value": "thinking off for demo", "reason": "as in training"}
         assert "chat template" in running.text
+        listed = httpx.get(f"http://127.0.0.1:{running.port}/v1/models").json()["data"]
+        for model in [entry["id"] for entry in listed]:
+            ask(running.port, model)
+        with connect(socket_path(stocked, running.port)) as client:
+            bodies = [json.loads(request["body"]) for request in client.get("/seen").json()["requests"]]
+    [base, demo] = [body for body in bodies if body.get("max_tokens") == 3]
+    assert "chat_template_kwargs" not in base, "the base keeps its own"
+    assert demo["model"] == "demo@v1" and demo["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_a_template_that_is_told_something_else_is_noticed(stocked: Home) -> None:
     running = Serving(stocked, "demo", *ENGINE, "--", "--default-chat-template-kwargs", '{"enable_thinking": true}')
     assert running.end() == 3
     assert "error: the engine renders messages for demo@v1 differently than training did (prompt 1, tok" in running.text
     assert "trained: " in running.text and ", 7]" in running.text
 
 
-def test_adapters_with_different_templates_are_not_served_together(stocked: Home) -> None:
-    [adapter] = checks.open_adapters(stocked, ["demo"], (0, 32))
-    kwargs = {"chat_template_kwargs": {"enable_thinking": False}, "name": "other"}
-    other = Adapter(adapter.folder, adapter.manifest.model_copy(update=kwargs))
-    checks.check_template_kwargs([adapter, adapter])
-    with pytest.raises(UsageError, match="demo and other were trained with different settings of the chat") as caught:
-        checks.check_template_kwargs([adapter, other])
-    assert "two ports" in caught.value.hint
+def ask(port: int, model: str) -> httpx.Response:
+    """Three tokens of a chat."""
+    body = {"model": model, "messages": [{"role": "user", "content": "a b"}], "max_tokens": 3}
+    return httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body)
 
 
 def test_a_template_that_prints_dates_only_warns(stocked: Home, tiny_base: Path, tmp_path: Path) -> None:
@@ -315,7 +323,8 @@ def test_a_template_that_prints_dates_only_warns(stocked: Home, tiny_base: Path,
     more = ("--", "--default-chat-template-kwargs", '{"x": true}')
     with serving(stocked, "demo", "--model", str(dated), *ENGINE, *more) as running:
         assert running.ready()["adapters"][0]["state"] == "verified"
-        assert "warning: prompts of demo@v1 differ from those in training: its template prints dates." in running.text
+        words = "warning: prompts of demo@v1 differ from those in training: its template prints dates."
+        wait_until(lambda: words in running.text, words)
 
 
 def test_an_engine_that_lists_other_models(stocked: Home) -> None:

@@ -16,7 +16,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,6 +58,32 @@ class Start:
     timeout_s: float = 1800
 
 
+@contextlib.contextmanager
+def held_signals() -> Iterator[Callable[[], None]]:
+    """Hold SIGINT and SIGTERM back until `release` is called: a process begun but not known yet would stay for good.
+
+    By handlers, because a mask would be inherited.
+    """
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def release() -> None:
+        restore()
+        for number in came:
+            signal.raise_signal(number)
+
+    for number in before:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield release
+    finally:
+        restore()
+
+
 class Ended(Exception):
     """The command ended before it was of use, or took too long."""
 
@@ -69,22 +95,24 @@ def run_once(
     before = gpu_memory_used()
     with log.open("wb") as errors, log.with_suffix(".out").open("wb") as out:
         begun = time.monotonic()
-        process = subprocess.Popen(
-            start.command,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=errors,
-            env=dict(os.environ) | variables,
-            start_new_session=True,
-        )
         found: dict[str, Any] = {"milestones": {}, "error": None}
-        try:
-            watch(start, process, begun, found, tell)
-            found["memory"] = memory(process, before)
-        except Ended as ended:
-            found["error"] = str(ended)
-        finally:
-            found["stop_s"], found["left_behind"] = stop(process)
+        with held_signals() as release:
+            process = subprocess.Popen(
+                start.command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=errors,
+                env=dict(os.environ) | variables,
+                start_new_session=True,
+            )
+            try:
+                release()
+                watch(start, process, begun, found, tell)
+                found["memory"] = memory(process, before)
+            except Ended as ended:
+                found["error"] = str(ended)
+            finally:
+                found["stop_s"], found["left_behind"] = stop(process)
     return found | read_log(log) | ({"log": last_lines(log)} if found["error"] else {})
 
 
@@ -186,17 +214,24 @@ def family(pid: int) -> list[psutil.Process]:
 def stop(process: "subprocess.Popen[bytes]") -> tuple[float, int]:
     """End the process group: SIGTERM, then SIGKILL. (seconds until it was gone, processes that outlived it)."""
     begun, members = time.monotonic(), family(process.pid)
+    try:
+        end_group(process)
+        took = time.monotonic() - begun
+        _, alive = psutil.wait_procs(members, timeout=5)
+    finally:  # also when a second Ctrl-C interrupts the wait; and what of the group outlived its leader
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return round(took, 3), len(alive)
+
+
+def end_group(process: "subprocess.Popen[bytes]") -> None:
+    """SIGTERM, a grace, SIGKILL."""
     for number, grace in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, None)):
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             if process.poll() is None or number == signal.SIGKILL:
                 os.killpg(process.pid, number)
             process.wait(grace)
             break
-    took = time.monotonic() - begun
-    _, alive = psutil.wait_procs(members, timeout=5)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    return round(took, 3), len(alive)
 
 
 def read_log(log: Path) -> dict[str, Any]:

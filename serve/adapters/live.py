@@ -38,17 +38,17 @@ from loraport.serve.adapters.prove import (
     Served,
     check_endpoint,
     check_fit,
-    check_told,
     describe,
     describe_failed,
-    explain,
     models_of,
     prove,
 )
 from loraport.serve.engine import versions
+from loraport.serve.engine.sampling import engine_ends
 from loraport.serve.gateway.state import EngineState, Model, Phase
 from loraport.serve.plan.settings import Plan
 from loraport.serve.proof.together import check_together
+from loraport.serve.proof.tolerance import serving_type
 from loraport.train.adapters import Adapter
 from loraport.train.base_model import Base
 from loraport.train.manifest import Manifest
@@ -96,7 +96,7 @@ class Live:
         self.served: dict[str, Served] = {}
         self.failed: dict[str, tuple[Adapter, str]] = {}
         self.retired: set[str] = set()
-        self.first: list[Adapter] = []  # of the start: the engine was told their stop tokens and template settings
+        self.ends: frozenset[int] = frozenset()  # tokens on which the engine stops, whoever answers
 
     def connect(self, client: httpx.Client, plan: Plan | None = None) -> None:
         """The engine that answers here is new, holds no adapter yet, and was started with `plan`, if that changed."""
@@ -111,7 +111,7 @@ class Live:
     def models(self) -> list[Model]:
         """The models to tell the gateway of, beside the base."""
         served = list(self.served.values())
-        return [model for each in served for model in models_of(each, self.base_name, self.context)]
+        return [model for each in served for model in models_of(each, self.base_name, self.context, self.ends)]
 
     def listing(self) -> list[dict[str, Any]]:
         """All adapters as JSON types, those that failed among them with their reason."""
@@ -177,7 +177,8 @@ class Live:
         with self.lock:
             before = self.served, self.failed
             wanted = list(adapters) if adapters is not None else self.known()
-            self.first = wanted if adapters is not None else self.first
+            if adapters is not None:  # the engine was started for these
+                self.ends = engine_ends(self.base, [adapter.manifest for adapter in wanted])
             self.served, self.failed = {}, {}
             try:
                 results = self.keep_apart([self.restore_one(adapter) for adapter in wanted])
@@ -261,9 +262,7 @@ class Live:
         bases = [model for model in self.engine.snapshot.models if model.kind == "base"]
         taken = {self.base_name, *(name for model in bases for name in (model.id, *model.aliases))}
         check_endpoint(adapter, self.plan, taken)
-        others = [each.latest.adapter for name, each in self.served.items() if name != adapter.manifest.name]
-        check_fit(adapter, self.base, self.context, others, self.target_modules)
-        check_told(adapter, self.first)
+        check_fit(adapter, self.base, self.context, self.target_modules)
 
     def take(self, adapter: Adapter) -> None:
         """Have the engine hold an adapter."""
@@ -297,15 +296,12 @@ class Live:
 
     def prove_alone(self, adapter: Adapter) -> Loaded:
         """Prove one adapter, as what it is."""
-        try:
-            return prove(self.slots_now.client, adapter, self.base, self.base_name, self.plan.dtype)
-        except VerificationError as error:
-            raise explain(error, adapter, self.base, self.first) from error
+        return prove(self.slots_now.client, adapter, self.base, self.base_name, serving_type(self.plan))
 
     def prove_together(self, manifests: list[Manifest]) -> None:
         """Base and adapters are asked at the same moment, and must keep apart."""
         if manifests:
-            check_together(self.slots_now.client, self.base_name, manifests, self.plan.dtype)
+            check_together(self.slots_now.client, self.base_name, manifests, serving_type(self.plan))
 
     def prove_held(self, served: Served, adapter: Adapter) -> Loaded:
         """Prove a version again that may be asked now; where that fails, it may no longer."""
@@ -360,7 +356,7 @@ class Live:
     def put(self, served: Served) -> None:
         """Let the gateway give these to requests from now on: name and versions in one step."""
         self.served[served.latest.name] = served
-        self.engine.put(*models_of(served, self.base_name, self.context), drop=self.ids(served.latest.name))
+        self.engine.put(*models_of(served, self.base_name, self.context, self.ends), drop=self.ids(served.latest.name))
 
     def drop(self, name: str) -> None:
         """Let nobody ask for an adapter any more, and unload it in time."""

@@ -6,15 +6,14 @@ Nothing here loads, switches or remembers: live.py does.
     'verified'
 """
 
-import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import httpx
 
-from loraport.clients.errors import LoraportError, ResourceError, UsageError, VerificationError
+from loraport.clients.errors import LoraportError, ResourceError, UsageError
 from loraport.serve import checks
 from loraport.serve.adapters import accept
 from loraport.serve.adapters.catalog import engine_name, entry_of
@@ -86,42 +85,14 @@ def check_endpoint(adapter: Adapter, plan: Plan, taken: Collection[str]) -> None
         )
 
 
-def check_fit(
-    adapter: Adapter, base: Base, context: int, others: Sequence[Adapter], target_modules: Collection[str] | None
-) -> None:
-    """AdapterError where it is of another base or changes nothing; UsageError where context or `others` rule it out."""
+def check_fit(adapter: Adapter, base: Base, context: int, target_modules: Collection[str] | None) -> None:
+    """AdapterError where it is of another base or changes nothing; UsageError where the context rules it out."""
     if isinstance(adapter, ForeignAdapter):
         accept.check_changes(adapter.folder, adapter.manifest.name)
     else:
         checks.check_base(base, adapter)
     accept.check_fits(adapter.folder, adapter.manifest.name, base, target_modules)
-    checks.check_template_kwargs([each for each in (*others, adapter) if not isinstance(each, ForeignAdapter)])
     checks.check_golden_fit([adapter], context)
-
-
-def check_told(adapter: Adapter, first: Sequence[Adapter]) -> None:
-    """UsageError where training told the chat template what the engine, started with `first`, was not told."""
-    told: dict[str, bool] = next(
-        (each.manifest.chat_template_kwargs for each in first if not isinstance(each, ForeignAdapter)), {}
-    )
-    name, wanted = adapter.manifest.name, adapter.manifest.chat_template_kwargs
-    if not isinstance(adapter, ForeignAdapter) and wanted != told:
-        raise UsageError(
-            f"{name} was trained with other settings of the chat template ({json.dumps(wanted)}) than this engine was "
-            f"started with ({json.dumps(told)}).",
-            f"start it again with {name} alone among its adapters",
-        )
-
-
-def explain(error: VerificationError, adapter: Adapter, base: Base, first: Sequence[Adapter]) -> VerificationError:
-    """The same error; where the engine was not told on which tokens the adapter stops, with that as its hint."""
-    told = sampling.engine_ends(base, [each.manifest for each in first])
-    untold = [token for token in adapter.manifest.stop_tokens if token not in told]
-    if untold:
-        name = adapter.manifest.name
-        hint = f"it stops on tokens {untold}, of which this engine knows nothing: start it again with {name} among its"
-        return VerificationError(error.message, f"{hint} adapters", error.details)
-    return error
 
 
 def prove(client: httpx.Client, adapter: Adapter, base: Base, base_name: str, dtype: str) -> Loaded:
@@ -136,17 +107,22 @@ def prove(client: httpx.Client, adapter: Adapter, base: Base, base_name: str, dt
     return Loaded(adapter, manifest.model_copy(update={"golden": seen}), verified)
 
 
-def models_of(served: Served, base_name: str, context: int) -> list[Model]:
-    """The models of one adapter as the gateway knows them: its version, and the one before under its own name."""
+def models_of(served: Served, base_name: str, context: int, ends: Collection[int]) -> list[Model]:
+    """The models of one adapter as the gateway knows them: its version, and the one before under its own name.
+
+    `ends`: tokens on which the engine stops for all models.
+    """
     name = served.latest.name
-    models = [model_of(served.latest, name, (f"{name}:latest", served.latest.engine_name), base_name, context)]
+    models = [model_of(served.latest, name, (f"{name}:latest", served.latest.engine_name), base_name, context, ends)]
     if served.prev:
-        models.append(model_of(served.prev, served.prev.engine_name, (f"{name}:prev",), base_name, context))
+        models.append(model_of(served.prev, served.prev.engine_name, (f"{name}:prev",), base_name, context, ends))
     return models
 
 
-def model_of(loaded: Loaded, id: str, aliases: tuple[str, ...], base_name: str, context: int) -> Model:
-    """One version under one name."""
+def model_of(
+    loaded: Loaded, id: str, aliases: tuple[str, ...], base_name: str, context: int, ends: Collection[int]
+) -> Model:
+    """One version under one name, with what the gateway adds to requests for it."""
     manifest = loaded.adapter.manifest
     return Model(
         id=id,
@@ -159,6 +135,7 @@ def model_of(loaded: Loaded, id: str, aliases: tuple[str, ...], base_name: str, 
         aliases=aliases,
         engine_name=loaded.engine_name,
         created=created_at(manifest),
+        defaults=sampling.model_defaults(manifest, ends),
     )
 
 

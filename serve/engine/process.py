@@ -5,7 +5,6 @@ user's environment is lost, save what would make the engine talk to the network 
 """
 
 import contextlib
-import json
 import os
 import queue
 import signal
@@ -68,7 +67,6 @@ def arguments(launch: Launch) -> list[str]:
         *vllm_args(plan),
         "--disable-uvicorn-access-log",
         *lora_arguments(launch),
-        *template_arguments(launch),
         *launch.family.arguments(),
         *device_arguments(launch)[0],
         *start_arguments(plan, launch.base, launch.more),
@@ -83,14 +81,6 @@ def lora_arguments(launch: Launch) -> list[str]:
     if not launch.plan.slots or launch.plan.kv_bytes is not None:  # on a CPU each has a slot of its own
         return []
     return ["--max-cpu-loras", str(max(launch.plan.slots, 2 * len(launch.adapters) + 1))]
-
-
-def template_arguments(launch: Launch) -> list[str]:
-    """What training told the chat template (thinking off, say), so that the prompts served are those trained on."""
-    adapters = [*launch.adapters, *([launch.merged] if launch.merged else [])]
-    told = [adapter.manifest.chat_template_kwargs for adapter in adapters if adapter.manifest.golden]
-    kwargs = told[0] if told else {}  # the same for all that tell: checks.check_template_kwargs
-    return ["--default-chat-template-kwargs", json.dumps(kwargs)] if kwargs else []
 
 
 def device_arguments(launch: Launch) -> tuple[list[str], dict[str, str]]:

@@ -146,8 +146,9 @@ def describe_adapters(rank: int, slots: int, slot_bytes: int, adapters: list[Man
     empty = mixed if spare else ""
     plural = "s" if slots > 1 else ""
     lora = Choice("LoRA", f"{slots} slot{plural} of rank {rank}", f"{ranks}; {gib(slot_bytes)}{empty}")
-    told = describe_template(adapters[0].chat_template_kwargs)
-    return [lora, Choice("chat template", told, "as in training")] if told else [lora]
+    told = [(manifest.name, describe_template(manifest.chat_template_kwargs)) for manifest in adapters]
+    words = ", ".join(f"{switches} for {name}" for name, switches in told if switches)
+    return [lora, Choice("chat template", words, "as in training")] if words else [lora]
 
 
 def describe_template(kwargs: dict[str, bool]) -> str:

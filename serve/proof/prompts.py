@@ -28,7 +28,7 @@ def check(client: httpx.Client, manifest: Manifest, dated: bool) -> str | None:
     VerificationError shows where a prompt differs.
     """
     for number, golden in enumerate(manifest.golden, start=1):
-        served = tokenize(client, manifest.name, golden)
+        served = tokenize(client, manifest, golden)
         if served is None:
             return f"warning: the engine has no /tokenize: the prompts of {manifest.name} could not be compared."
         if served == golden.prompt_tokens:
@@ -47,9 +47,13 @@ def ask(client: httpx.Client, path: str, body: dict[str, Any]) -> httpx.Response
         raise EndpointError(f"the engine did not answer {path}: {type(error).__name__} {error}.", "") from error
 
 
-def tokenize(client: httpx.Client, model: str, golden: Golden) -> list[int] | None:
-    """The tokens that the engine makes of a golden prompt's messages; None where it has no such route."""
-    body = {"model": model, "messages": golden.messages, "add_generation_prompt": True}
+def tokenize(client: httpx.Client, manifest: Manifest, golden: Golden) -> list[int] | None:
+    """The tokens that the engine makes of a golden prompt's messages; None where it has no such route.
+
+    The template is told what training told it, as the gateway does for each request to this adapter.
+    """
+    model, told = manifest.name, manifest.chat_template_kwargs
+    body = {"model": model, "messages": golden.messages, "add_generation_prompt": True, "chat_template_kwargs": told}
     answer = ask(client, "/tokenize", body)
     if answer.status_code in (404, 405):
         return None

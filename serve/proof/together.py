@@ -41,7 +41,7 @@ class Question:
 
 def check_together(client: httpx.Client, base: str, manifests: list[Manifest], serving_dtype: str) -> None:
     """VerificationError unless base and adapters answer at the same moment as they do one by one."""
-    replayer = Replayer(client)
+    replayer = Replayer(client, *manifests)
     questions = list_questions(base, manifests, serving_dtype)
     outcomes = ask_together(replayer, questions)
     if all(outcome.agrees for outcome in outcomes):

@@ -81,8 +81,9 @@ class Served:
 class Replayer:
     """Sends prompts as tokens and reads greedy replies as tokens, through a client of the engine's root."""
 
-    def __init__(self, client: httpx.Client) -> None:
+    def __init__(self, client: httpx.Client, *manifests: Manifest) -> None:
         self.client = client
+        self.ends = {manifest.name: manifest.stop_tokens for manifest in manifests}
 
     def ask(self, model: str, prompt: list[int], tokens: int) -> Served:
         """A greedy reply of at most `tokens` tokens; EndpointError when there is none.
@@ -93,7 +94,7 @@ class Replayer:
         body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "logprobs": TOP, "seed": 0}
         body |= {"return_tokens_as_token_ids": True, "skip_special_tokens": True}
         body |= {"top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0}
-        body |= {"frequency_penalty": 0}
+        body |= {"frequency_penalty": 0, "stop_token_ids": self.ends.get(model, [])}
         return self.send(body)
 
     def occupy(self, model: str, prompt: list[int], tokens: int, done: Event) -> None:
@@ -212,7 +213,7 @@ def verify(client: httpx.Client, manifest: Manifest, serving_dtype: str) -> Veri
     VerificationError says what differs; EndpointError: no answer.
     """
     tolerance = tolerance_for(manifest, serving_dtype)
-    replayer = Replayer(client)
+    replayer = Replayer(client, manifest)
     outcomes = []
     for golden in manifest.golden:
         outcomes.append(replay(replayer, manifest.name, golden.prompt_tokens, golden.adapter, tolerance))
