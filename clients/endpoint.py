@@ -60,7 +60,7 @@ class EndpointRecord:
 
     def write(self, home: Home) -> None:
         """Leave the record for the other commands."""
-        home.ensure(home.run)
+        home.ensure(home.run).chmod(0o700)  # the key in it is its owner's alone
         write_json(self.path(home), asdict(self))
 
 

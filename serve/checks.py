@@ -17,6 +17,7 @@ from loraport.clients.errors import AdapterError, BaseModelError, ResourceError,
 from loraport.clients.home import Home
 from loraport.serve.adapters.catalog import open_reference
 from loraport.serve.engine import versions
+from loraport.serve.engine.leftovers import read_traces
 from loraport.serve.gateway.keys import read as read_keys
 from loraport.train.adapters import Adapter
 from loraport.train.base_model import Base, identify, resolve
@@ -69,6 +70,11 @@ def is_loopback(host: str) -> bool:
 
 def check_port(host: str, port: int, home: Home) -> None:
     """ResourceError that names the process which holds the port, unless it is free."""
+    trace = next((each for each in read_traces(home) if each.port == port and is_alive(each.owner)), None)
+    if trace:  # of another address too: files of this home go by the port
+        raise ResourceError(
+            f"port {port} is in use by process {trace.owner[0]} (loraport serve).", "stop it, or choose another: --port"
+        )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:

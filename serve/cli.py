@@ -41,6 +41,7 @@ OURS = {
     "api-key": "make keys with `loraport keys create NAME`",
     "root-path": "let the proxy in front strip the path",
     "uds": "the engine has a socket of its own; the gateway listens on --host and --port",
+    "disable-log-stats": "the figures tell an engine that works from one that hangs",
     "headless": "start `vllm serve --headless` yourself on further machines",
 }
 OURS_BY_PREFIX = {"ssl-": "serve on 127.0.0.1 behind a proxy that speaks TLS"}

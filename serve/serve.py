@@ -12,6 +12,7 @@ drain    on SIGTERM: requests that run may end, new ones are refused; then every
 """
 
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -107,6 +108,9 @@ def end_earlier(home: Home) -> None:
 
 def open_gateway(request: Request, home: Home, state: EngineState) -> Gateway:
     """Take the port. From now on everybody gets an answer, if only when to come back."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):  # each stream takes two files, and 1,024 is a common limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     log_to(home.ensure(home.logs) / f"gateway-{request.port}.log")
     usage = home.ensure(home.root / "usage") / f"{request.port}.json"
     keys = home.root / "keys.json"
@@ -127,8 +131,7 @@ def prepare(request: Request, home: Home) -> Launch:
     checks.check_golden_fit(adapters, chosen.context)
     names = checks.name_base(base, adapters)
     if request.merge:
-        with console.status(f"merging {adapters[0].manifest.name} into its base"):
-            base = merge.merged(base, adapters[0], home)
+        base = merge.merged(base, adapters[0], home)
         names = (adapters[0].manifest.name,)
         chosen = replace(chosen, warnings=(*chosen.warnings, *merge.notes(adapters[0])))
     manifests = [adapter.manifest for adapter in adapters]
@@ -219,6 +222,8 @@ class Service:
             port=request.port,
         )
         gateway.gateway.adapters = self.live  # for the admin routes
+        self.keeper.is_changing = lambda: self.live.is_changing
+        self.admin_key = gateway.gateway.ring.issue()
         self.restored: list[Restored] = []
         self.record: EndpointRecord | None = None
 
@@ -278,6 +283,8 @@ class Service:
             for warning in result.loaded.warnings if result.loaded else ():
                 say(warning, "yellow")
         self.restored = restored
+        if not is_first:
+            self.write_record(running)
         return [base_model(launch), *self.live.models]
 
     def bring_up_merged(self, running: Running, adapter: Adapter) -> list[Model]:
@@ -287,13 +294,14 @@ class Service:
             loaded = merge.prove_merged(running.client, adapter, launch.base, launch.plan)
         running.timeline.see_end("verification", time.monotonic() - running.engine.started)
         self.restored = [Restored(adapter, loaded)]
+        self.live.merged = loaded
         name, version = adapter.manifest.name, adapter.manifest.version
         ends = sampling.engine_ends(launch.base, [adapter.manifest])
         model = model_of(loaded, name, (f"{name}:latest", f"{name}@{version}"), "base", launch.plan.context, ends)
         return [replace(model, engine_name=name, parent=adapter.manifest.base.model)]
 
-    def tell(self, running: Running) -> None:
-        """The record for other commands, and what a person wants to know."""
+    def write_record(self, running: Running) -> None:
+        """The record for other commands."""
         launch = running.launch
         names = [result.loaded.name for result in self.restored if result.loaded]
         self.record = EndpointRecord(
@@ -304,9 +312,14 @@ class Service:
             max_model_len=launch.plan.context,
             process=process_identity(os.getpid()),
             engine=running.engine.identity,
-            admin_key=self.gateway.gateway.ring.issue(),
+            admin_key=self.admin_key,
         )
         self.record.write(self.home)
+
+    def tell(self, running: Running) -> None:
+        """What a person wants to know."""
+        self.write_record(running)
+        launch = running.launch
         took = time.monotonic() - self.began
         loaded = [result.loaded for result in self.restored if result.loaded]
         ready = report.Ready(launch, self.url, loaded, running.timeline.seconds, took, self.gateway.gateway.ring.asks)
@@ -330,7 +343,8 @@ def stop_signals() -> Iterator[None]:
     def raise_stop(number: int, frame: FrameType | None) -> None:
         raise Stop(number)
 
-    before = {number: signal.signal(number, raise_stop) for number in STOP_SIGNALS}
+    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup, `&`
+    before = {number: signal.signal(number, raise_stop) for number in heard}
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import httpx
 
@@ -45,8 +46,8 @@ SILENT_GPU_S, SILENT_CPU_S = 90.0, 300.0  # one step of a large model over a lon
 class Patience:
     """Seconds. `silent_s`: how long an engine that was asked for a token may do nothing at all until it counts as hung.
 
-    After `most` crashes within `window_s` the engine stays down. Between them it waits: `pause_s`, then twice that, at
-    most `longest_pause_s`.
+    After `most` crashes without `window_s` of service in between the engine stays down. Before each restart it waits:
+    `pause_s`, then twice that, at most `longest_pause_s`.
     """
 
     silent_s: float
@@ -72,6 +73,7 @@ class Running:
     launch: Launch
     timeline: Timeline
     counters: str = ""
+    ready_at: float | None = None
     asked: float = field(default_factory=time.monotonic)
 
 
@@ -88,6 +90,7 @@ class Keeper:
         self.patience = patience or Patience.on(launch.device.kind)
         self.running: Running | None = None
         self.crashes: list[float] = []
+        self.is_changing: Callable[[], bool] = lambda: False  # whether the engine is loading an adapter
         self.spoiled = ""  # why the engine must be replaced though it runs; written by other threads
         self.cause = ""  # of the restart that is under way
         self.is_restart = False
@@ -120,9 +123,9 @@ class Keeper:
         expected = expected_seconds(self.home, kind)
         outcome = "interrupted"
         try:
-            running.timeline = wait_ready(
-                engine, running.client, list(launch.base_names), lambda phase, at: self.tell(phase, at, expected)
-            )
+            names = list(launch.base_names)
+            heard = partial(self.tell, expected=expected)
+            wait_ready(engine, running.client, names, running.timeline, heard)
             running.launch = self.launch = with_context_found(launch, running.client)
             self.tell("verifying", time.monotonic() - engine.started, expected)
             models = self.bring_up(running)
@@ -135,6 +138,7 @@ class Keeper:
             with suppress(LoraportError):  # a full disk ends no engine
                 start.finish(self.home, running.timeline.seconds, outcome)
         self.state.ready(models, uds=str(launch.socket))
+        running.ready_at = time.monotonic()
         return running
 
     def tell(self, phase: str, at: float, expected: float | None) -> None:
@@ -165,6 +169,8 @@ class Keeper:
         if self.spoiled:
             reason, self.spoiled = self.spoiled, ""
             return EngineError(f"the engine is replaced: {reason}", f"all it said is in {engine.log_path}")
+        if self.is_changing():  # while vLLM reads an adapter it computes nothing else
+            running.asked = time.monotonic()
         while not engine.lines.empty():  # the log file has them; this queue must not grow
             engine.lines.get()
         if time.monotonic() - running.asked < self.patience.probe_s:
@@ -181,14 +187,16 @@ class Keeper:
         if running.counters and running.counters != before:
             running.asked = time.monotonic()
             return None
+        began = time.monotonic()
         while not give_token(running.client, running.launch.base_names[0], self.patience.silent_s):
-            if running.engine.wait(DYING_S) is not None:
+            if running.engine.wait(min(DYING_S, self.patience.silent_s)) is not None:
                 return death(running.engine)
             now = counters(running.client)
-            if not now or now == running.counters:
+            if now and now != running.counters:
+                running.counters, began = now, time.monotonic()
+            elif time.monotonic() - began >= self.patience.silent_s:  # a refused connection is no silence of its own
                 hint = f"all it said is in {running.engine.log_path}"
                 return EngineError(f"the engine hangs: it gave no token for {self.patience.silent_s:g} s.", hint)
-            running.counters = now
         running.counters, running.asked = counters(running.client), time.monotonic()
         return None
 
@@ -196,8 +204,10 @@ class Keeper:
         """Start the engine again, until it runs or has ended too often, which is an EngineError."""
         self.is_restart = True
         while True:
-            now = time.monotonic()
-            self.crashes = [at for at in self.crashes if now - at < self.patience.window_s] + [now]
+            now, ready_at = time.monotonic(), self.running.ready_at if self.running else None
+            if ready_at is not None and now - ready_at >= self.patience.window_s:
+                self.crashes = []
+            self.crashes.append(now)
             if len(self.crashes) >= self.patience.most:
                 self.stay_down(cause)
             self.cause = cause.message.rstrip(".")
@@ -206,6 +216,7 @@ class Keeper:
             for line in cause.details:
                 say(f"  {line}")
             self.end()
+            self.spoiled = ""
             doubled = self.patience.pause_s * 2 ** (len(self.crashes) - 1)
             time.sleep(min(doubled, self.patience.longest_pause_s))
             try:
@@ -219,7 +230,7 @@ class Keeper:
     def stay_down(self, cause: LoraportError) -> None:
         """Give up, in words that every client gets."""
         minutes = self.patience.window_s / 60
-        often = f"it ended {len(self.crashes)} times within {minutes:.0f} minutes"
+        often = f"it ended {len(self.crashes)} times without {minutes:.0f} minutes of service in between"
         words = f"{cause.message.rstrip('.')}; {often} and stays down"
         self.state.begin(Phase.DOWN, words)
         self.end()
@@ -227,7 +238,7 @@ class Keeper:
 
     def end(self) -> None:
         """End the engine, and say so where it takes a while. Twice is fine."""
-        running, self.running = self.running, None
+        running = self.running
         if running is None:
             return
         running.client.close()
@@ -236,6 +247,7 @@ class Keeper:
                 running.engine.stop()
         else:
             running.engine.stop()
+        self.running = None  # only now: a signal on the way leaves it to the next call
 
 
 def death(engine: Engine) -> EngineError:
@@ -278,7 +290,7 @@ def with_context_that_fits(launch: Launch, lines: list[str]) -> Launch | None:
     if not 0 < context < launch.plan.context:
         return None
     with suppress(UsageError):
-        checks.check_golden_fit(list(launch.adapters), context)
+        checks.check_golden_fit([*launch.adapters, *([launch.merged] if launch.merged else [])], context)
         say(
             f"warning: vLLM has no room for a context of {launch.plan.context:,} tokens; it is started again with "
             f"{context:,}, which it says will fit.",

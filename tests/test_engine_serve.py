@@ -40,13 +40,14 @@ def test_a_verified_adapter_answers_next_to_its_base(home: Home, tmp_path: Path)
         assert (adapter["state"], adapter["prompts"], adapter["telling"]) == ("verified", 3, 3)
         url = document["base_url"]
         cards = httpx.get(f"{url}/models").json()["data"]
-        assert {card["id"] for card in cards} == {"base", "tiny-base", "demo"}
+        assert {card["id"] for card in cards} == {"base", "demo"}
+        assert next(card for card in cards if card["id"] == "base")["aliases"] == ["tiny-base"]
         assert next(card for card in cards if card["id"] == "base")["max_model_len"] == document["context"] == 1024
         prompt = manifest.golden[0].prompt_tokens
         assert greedy(url, "base", prompt) == greedy(url, "tiny-base", prompt) != greedy(url, "demo", prompt)
         body = {"model": "demo", "messages": manifest.golden[0].messages}
         tokens = httpx.post(url.removesuffix("/v1") + "/tokenize", json=body).json()["tokens"]
-        assert tokens == prompt and document["plan"]["chat template"]["value"] == "thinking off"
+        assert tokens == prompt and document["plan"]["chat template"]["value"] == "thinking off for demo"
         models = ["base", "demo"] * 4
         with ThreadPoolExecutor(8) as pool:
             together = list(pool.map(lambda model: greedy(url, model, prompt), models))
@@ -62,7 +63,7 @@ def test_swapped_weights_are_noticed(home: Home, tiny_base: Path) -> None:
     shutil.copy(other / "adapter_model.safetensors", mine / "adapter_model.safetensors")
     running = Serving(home, "demo", "--dtype", "bfloat16")
     assert running.end() == 3
-    assert "error: the adapter demo does not answer as it did in training" in running.text
+    assert "error: the adapter demo@v1 does not answer as it did in training" in running.text
     assert "expected: " in running.text and "log-probabilities" in running.text and not list(home.run.iterdir())
 
 
@@ -76,7 +77,9 @@ def test_without_the_empty_slot_the_mix_up_of_vllms_cpu_kernels_is_seen(home: Ho
 
 def test_prompts_unlike_those_of_training_are_noticed(home: Home, tmp_path: Path) -> None:
     make_tiny_adapter(home.root, make_tiny_base(tmp_path / "tiny-base", THINKING), "demo")
-    running = Serving(home, "demo", "--", "--default-chat-template-kwargs", '{"enable_thinking": true}')
+    other = tmp_path / "other.jinja"
+    other.write_text(THINKING + "Well,")
+    running = Serving(home, "demo", "--", "--chat-template", str(other))
     assert running.end() == 3
     assert "error: the engine renders messages for demo@v1 differently than training did (prompt 1" in running.text
-    assert "served:" in running.text and "assistant\\n<think>" in running.text
+    assert "served:" in running.text and "Well," in running.text

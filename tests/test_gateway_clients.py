@@ -200,8 +200,8 @@ def test_words_of_an_overflow() -> None:
     assert alone.message == "prompt is too long: 1200 tokens > 1000 maximum"
     both = overflow("/v1/messages", 1000, 951, 50).message
     assert both.startswith("input length and `max_tokens` exceed context limit: 951 + 50 > 1000, decrease")
-    assert "maximum context length is 1,000" in overflow("/v1/messages", 1000, None, 50).message
-    assert "maximum context length is 1,000" in overflow(CHAT, 1000, 1200, 50).message
+    assert "maximum context length is 1000" in overflow("/v1/messages", 1000, None, 50).message
+    assert "maximum context length is 1000" in overflow(CHAT, 1000, 1200, 50).message
 
 
 def preflight(client: httpx.Client, origin: str) -> httpx.Response:

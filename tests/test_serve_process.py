@@ -158,7 +158,7 @@ def test_an_engine_that_dies_again_and_again(stocked: Home) -> None:
         wait_until(lambda number=number: number == 3 or running.text.count("ready again") == number, "it is back")  # type: ignore[misc]
     answer = httpx.get(f"{url}/models")
     assert answer.status_code == 503 and answer.headers["Retry-After"] == "60"
-    assert "signal 9 while serving; it ended 3 times within 10 minutes and stays down" in answer.text
+    assert "signal 9 while serving; it ended 3 times without 10 minutes of service" in answer.text
     running.process.send_signal(signal.SIGTERM)
     assert running.end() == 3 and not list(stocked.run.iterdir())
 
@@ -233,6 +233,39 @@ def test_busy_port_names_its_holder(stocked: Home) -> None:
     me = psutil.Process()
     assert f"error: port {port} is in use by process {me.pid} ({me.name()})." in running.text
     assert "--port " in running.text
+
+
+def test_a_terminal_that_closes_ends_nothing_that_was_told_to_stay(stocked: Home) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with serving(stocked, "demo", *ENGINE) as running:
+            running.ready()
+            running.process.send_signal(signal.SIGHUP)
+            time.sleep(1)
+            assert running.process.poll() is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_merged_adapter_is_proven_listed_and_comes_back(stocked: Home) -> None:
+    with serving(stocked, "--merge", "demo", *ENGINE) as running:
+        document = running.ready()
+        assert [(each["name"], each["state"]) for each in document["adapters"]] == [("demo", "verified")]
+        [model] = httpx.get(f"{document['base_url']}/models").json()["data"]
+        assert (model["id"], model["kind"], model["verified"]) == ("demo", "adapter", True)
+        assert "--enable-lora" not in running.processes()[1].cmdline()
+        running.processes()[1].kill()
+        wait_until(lambda: "the engine is ready again" in running.text, "another engine")
+        assert ask(running.port, "demo").status_code == 200
+        [record] = read_records(stocked)
+        headers = {"Authorization": f"Bearer {record.admin_key}"}
+        root = document["base_url"].removesuffix("/v1")
+        [listed] = httpx.get(f"{root}/admin/adapters", headers=headers).json()["adapters"]
+        assert (listed["name"], listed["state"]) == ("demo", "verified")
+        refused = httpx.post(f"{root}/admin/adapters", headers=headers, json={"reference": "demo"})
+        assert refused.status_code == 409 and "merged into its base" in refused.text
+    both = Serving(stocked, "demo", "--merge", "demo", *ENGINE)
+    assert both.end() == 2 and "serves that adapter alone" in both.text
 
 
 def test_a_port_that_another_serve_holds(stocked: Home) -> None:

@@ -11,10 +11,10 @@ import httpx
 import psutil
 import pytest
 
-from loraport.clients.errors import EngineError, VerificationError
+from loraport.clients.errors import EngineError, ResourceError, VerificationError
 from loraport.clients.home import Home
 from loraport.serve.engine.connect import LONGEST, connect, socket_path
-from loraport.serve.engine.leftovers import read_traces, session_of
+from loraport.serve.engine.leftovers import EngineTrace, read_traces, session_of
 from loraport.serve.engine.process import Launch
 from loraport.serve.engine.starts import expected_seconds, read_starts
 from loraport.serve.gateway.state import EngineState, Model, Phase
@@ -122,7 +122,7 @@ def test_after_three_crashes_it_stays_down_and_says_why(launch: Launch, home: Ho
         assert running.brought_up == 3
         snapshot = running.state.snapshot
         assert snapshot.phase is Phase.DOWN
-        assert "status 9 while serving; it ended 3 times within 10 minutes and stays down" in snapshot.reason
+        assert "status 9 while serving; it ended 3 times without 10 minutes of service" in snapshot.reason
         assert running.error is not None and "the fake was told to die" in "\n".join(running.error.details)
         assert not launch.socket.exists()
 
@@ -166,6 +166,31 @@ def test_an_engine_that_is_busy_does_not_hang(
         time.sleep(1.5)
         assert running.state.snapshot.phase is Phase.READY and running.brought_up == 1
         ice.unlink()
+
+
+def test_a_connection_that_is_refused_once_is_no_silence(launch: Launch, home: Home) -> None:
+    with kept(launch, home, Patience(silent_s=5, look_s=0.02, probe_s=0.02, pause_s=0.01)) as running:
+        hidden = launch.socket.with_suffix(".hidden")
+        launch.socket.rename(hidden)
+        time.sleep(1)
+        hidden.rename(launch.socket)
+        time.sleep(1)
+        assert running.state.snapshot.phase is Phase.READY and running.brought_up == 1
+
+
+def test_an_engine_that_cannot_be_written_down_is_not_left_behind(
+    launch: Launch, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guards: list[psutil.Process] = []
+
+    def full(trace: EngineTrace, _: Home) -> None:
+        guards.append(psutil.Process(trace.guard[0]))
+        raise ResourceError("no disk space left.")
+
+    monkeypatch.setattr(EngineTrace, "write", full)
+    with pytest.raises(ResourceError):
+        Keeper(launch, home, EngineState(), lambda _: [], QUICK).start()
+    assert guards and all_gone(guards)
 
 
 def test_a_restart_that_fails_counts_as_a_crash(launch: Launch, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,8 @@ class Live:
         self.served: dict[str, Served] = {}
         self.failed: dict[str, tuple[Adapter, str]] = {}
         self.retired: set[str] = set()
+        self.is_changing = False  # for others to see: an adapter is being loaded or proven
+        self.merged: Loaded | None = None  # what is in the weights: then nothing else is served
         self.ends: frozenset[int] = frozenset()  # tokens on which the engine stops, whoever answers
 
     def connect(self, client: httpx.Client, plan: Plan | None = None) -> None:
@@ -118,6 +120,8 @@ class Live:
         prevs = {name: self.catalog.aliases(name).prev for name in list(self.served)}
         served = [(name, each) for name, each in list(self.served.items()) if name in prevs]
         failed = [(name, entry) for name, entry in list(self.failed.items()) if name not in prevs]
+        if self.merged:
+            return [describe(Served(self.merged), None)]
         return [
             *(describe(each, prev.version if (prev := prevs[name]) else None) for name, each in served),
             *(describe_failed(adapter, reason) for _, (adapter, reason) in failed),
@@ -204,9 +208,18 @@ class Live:
         """One change at a time, while the engine is ready."""
         with self.lock:
             phase = self.engine.snapshot.phase
+            if self.merged:
+                raise ResourceError(
+                    f"this endpoint serves {self.merged.name} merged into its base, and takes no other adapters.",
+                    "start it without --merge",
+                )
             if phase is not Phase.READY or self.slots is None:
                 raise EngineError(f"the engine is {phase}: it takes no changes now.", "try again when it is ready")
-            yield
+            self.is_changing = True
+            try:
+                yield
+            finally:
+                self.is_changing = False
 
     @property
     def slots_now(self) -> Slots:
@@ -230,8 +243,9 @@ class Live:
 
     def known(self) -> list[Adapter]:
         """The adapters of before the restart, those that failed among them: they get another try."""
-        failed = {name: adapter for name, (adapter, _) in self.failed.items()}
-        return list((failed | {name: served.latest.adapter for name, served in self.served.items()}).values())
+        served = {name: each.latest.adapter for name, each in self.served.items()}
+        failed = {name: adapter for name, (adapter, _) in self.failed.items() if name not in served}
+        return list((served | failed).values())  # those that were served first: room may be short
 
     def replace(self, adapter: Adapter) -> Loaded:
         """Check, load, prove, write down, switch, and let go of what is needed no more."""

@@ -52,7 +52,7 @@ def send(
     """One request; `url` ends in /v1."""
     import httpx
 
-    key = os.environ.get(ADMIN_KEY, "").strip() or (record.admin_key if record else None)
+    key = (record.admin_key if record else None) or os.environ.get(ADMIN_KEY, "").strip()
     headers = {"authorization": f"Bearer {key}"} if key else {}
     with endpoint_errors(url):
         root = url.rstrip("/").removesuffix("/v1")

@@ -18,6 +18,8 @@ from loraport.clients.home import Home
 BASE_URL = "http://engine"  # HTTP needs a name; the socket decides where it goes
 LONGEST = 100  # bytes of a socket's path; the kernel takes 107
 WAIT_S = 120.0
+# Idle connections are dropped before vLLM drops them (5 s), so that no request meets one that is just being closed.
+LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=2.0)
 
 
 def socket_path(home: Home, port: int) -> Path:
@@ -27,7 +29,7 @@ def socket_path(home: Home, port: int) -> Path:
     """
     path = home.run / f"{port}.sock"
     if len(os.fsencode(path)) <= LONGEST:
-        home.ensure(home.run)
+        home.ensure(home.run).chmod(0o700)  # it may have come with a copied home, open to all
         return path
     name = hashlib.sha256(os.fsencode(home.root)).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"loraport-{os.getuid()}-{name}"
@@ -42,5 +44,5 @@ def socket_path(home: Home, port: int) -> Path:
 
 def connect(socket: Path, wait_s: float = WAIT_S) -> httpx.Client:
     """A client of the engine on that socket; paths begin with a slash: /health, /v1/models."""
-    transport = httpx.HTTPTransport(verify=False, uds=str(socket), limits=httpx.Limits(max_connections=None))
+    transport = httpx.HTTPTransport(verify=False, uds=str(socket), limits=LIMITS)
     return httpx.Client(transport=transport, base_url=BASE_URL, timeout=wait_s, trust_env=False)

@@ -129,26 +129,33 @@ class Engine:
         self.log_path, self.log = open_log(home, launch.port)
         self.lines: queue.SimpleQueue[tuple[float, str] | None] = queue.SimpleQueue()
         self.last: deque[str] = deque(maxlen=LAST_LINES)
-        self.started = time.monotonic()
+        self.started = self.heard = time.monotonic()
         read_end, self.pipe = os.pipe()
         command = [sys.executable, "-I", "-S", str(GUARD), str(read_end), str(GRACE_S), *arguments(launch)]
         home.ensure(home.cache / "vllm")
         launch.socket.unlink(missing_ok=True)  # of an engine that was killed
-        self.guard = subprocess.Popen(
-            command,
-            env=environment(launch, home, owner),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=(read_end,),
-            start_new_session=True,
-            text=True,
-            errors="replace",
-        )
-        os.close(read_end)
-        self.identity = process_identity(self.guard.pid)
-        self.trace = EngineTrace(launch.port, owner, self.identity)
-        self.trace.write(home)
+        try:
+            with os_errors("starting", Path(launch.command[0]), "end other programs, or look at ulimit -a"):
+                self.guard = subprocess.Popen(
+                    command,
+                    env=environment(launch, home, owner),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=(read_end,),
+                    start_new_session=True,
+                    text=True,
+                    errors="replace",
+                )
+            self.identity = process_identity(self.guard.pid)
+            self.trace = EngineTrace(launch.port, owner, self.identity)
+            self.trace.write(home)
+        except BaseException:  # a full disk, say: the guard sees the closed pipe and ends the engine
+            os.close(self.pipe)
+            self.log.close()
+            raise
+        finally:
+            os.close(read_end)
         self.drain = threading.Thread(target=self.copy_log, name="engine log", daemon=True)
         self.drain.start()
 
@@ -161,6 +168,7 @@ class Engine:
                     self.log.write(line)
                     self.log.flush()
                 self.last.append(line.rstrip())
+                self.heard = time.monotonic()
                 self.lines.put((time.monotonic() - self.started, line.rstrip()))
         self.lines.put(None)
 

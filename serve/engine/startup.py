@@ -26,6 +26,7 @@ Tell = Callable[[str, float], None]  # (phase, seconds since the start)
 
 POLL_S = 0.2
 ANSWER_S = 2.0
+SILENT_S = 1800.0  # of a start, without a line in the log: weights of a large model from a slow disk take that long
 LISTING_S = 8.0  # for a healthy engine to list its models
 # A line is worth a line of its own in a log file when it took this long.
 WORTH_A_LINE_S = 1.0
@@ -73,12 +74,12 @@ class Timeline:
         self.begun = at
 
 
-def wait_ready(engine: Engine, client: httpx.Client, models: list[str], tell: Tell = lambda *_: None) -> Timeline:
+def wait_ready(engine: Engine, client: httpx.Client, models: list[str], timeline: Timeline, tell: Tell) -> None:
     """Wait until the engine answers with all `models`; EngineError when it dies (with its last words) or never will.
 
-    `tell` hears of each phase as it begins.
+    `timeline` is filled; `tell` hears of each phase as it begins.
     """
-    timeline, told = Timeline(), ""
+    told = ""
     healthy_since: float | None = None
     with live_line() as status:
         while True:
@@ -91,6 +92,12 @@ def wait_ready(engine: Engine, client: httpx.Client, models: list[str], tell: Te
             if engine.status is not None:
                 engine.drain.join(2)
                 raise explain_death(engine, f"during start-up ({timeline.phase})")
+            if time.monotonic() - engine.heard > SILENT_S:
+                raise EngineError(
+                    f"the engine has said nothing for {SILENT_S / 60:.0f} minutes while it starts ({timeline.phase}).",
+                    f"all it said is in {engine.log_path}; is the disk of the model there?",
+                    tuple(last_words(list(engine.last))),
+                )
             if is_healthy(client):
                 listed, answer = list_models(client)
                 if set(models) <= listed:
@@ -100,7 +107,6 @@ def wait_ready(engine: Engine, client: httpx.Client, models: list[str], tell: Te
                     raise never_ready(engine, models, answer)
     read_lines(engine, timeline, lambda name, spent: report_phase(None, name, spent) if status is None else None)
     timeline.finish(time.monotonic() - engine.started)
-    return timeline
 
 
 def live_line() -> AbstractContextManager[Status | None]:

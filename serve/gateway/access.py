@@ -45,6 +45,9 @@ def anyone(headers: Headers, settings: GatewaySettings) -> Key:
     if not settings.is_loopback:
         message = "This endpoint is open to the network and has no API keys yet: `loraport keys create NAME` makes one."
         raise unauthorized("no_keys", message)
+    if any(name in headers for name in FORWARDED):
+        message = "Without API keys only programs of this machine are answered, and this request came through a proxy."
+        raise Refusal(403, "proxied", message)
     host = headers.get("host", "")
     name = host if host.endswith("]") or (host.count(":") > 1 and "]" not in host) else host.rpartition(":")[0] or host
     if not is_loopback(name):

@@ -83,12 +83,12 @@ def openai_words(limit: int, prompt: int | None, wanted: int | None, is_exact: b
     """An overflow in words that begin as OpenAI's do; clients look for `maximum context length`."""
     parts = []
     if prompt is not None:
-        parts.append(f"the prompt has {'' if is_exact else 'at least '}{prompt:,} tokens")
+        parts.append(f"the prompt has {'' if is_exact else 'at least '}{prompt} tokens")
     if wanted:
-        parts.append(f"max_tokens asks for {wanted:,}")
+        parts.append(f"max_tokens asks for {wanted}")
     what = " and ".join(parts) or "the prompt is longer"
     lower = ", or lower max_tokens." if wanted and (prompt or 0) < limit else "."
-    return f"This model's maximum context length is {limit:,} tokens; {what}. Shorten the prompt{lower}"
+    return f"This model's maximum context length is {limit} tokens; {what}. Shorten the prompt{lower}"
 
 
 def anthropic_words(limit: int, prompt: int | None, wanted: int | None, is_exact: bool) -> str:

@@ -84,6 +84,8 @@ class Forward:
             if gateway.engine.snapshot.phase is not Phase.READY:
                 raise not_ready(gateway.engine.snapshot)
             body = bodies.parse(await read_body(scope, receive, gateway.settings), gateway.settings.json_depth)
+            if gateway.engine.snapshot.phase is not Phase.READY:  # its body took a while to arrive
+                raise not_ready(gateway.engine.snapshot)
             model = resolve(gateway.engine.snapshot, key, bodies.model_name(body))
             call.model, call.asked_as = model.id, model.asked_as
             with gateway.metrics.in_flight.track_inprogress():
