@@ -3,13 +3,14 @@
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from loraport.clients.endpoint import EndpointRecord, process_identity
+from loraport.clients.endpoint import EndpointRecord, process_identity, read_records
 from loraport.clients.errors import AdapterError, EndpointError, Refused, ResourceError, UsageError, VerificationError
 from loraport.clients.home import Home
 from loraport.serve.adapters import cli
@@ -97,6 +98,8 @@ def test_without_the_key_nobody_changes_anything(at: Bench, home: Home, monkeypa
         assert at.client.request(method, path, json={}).status_code == 403
     monkeypatch.setenv("LORAPORT_ADMIN_KEY", "lp-wrong")
     keys.create(home.root / "keys.json", "someone")
+    [record] = read_records(home)
+    replace(record, admin_key=None).write(home)  # as of an endpoint on another machine
     with pytest.raises(EndpointError, match="does not allow it: The API key is not known") as caught:
         cli.unload_adapter("demo")
     assert "set LORAPORT_ADMIN_KEY to an admin key" in caught.value.hint

@@ -18,7 +18,7 @@ from loraport.serve.adapters.live import Live
 from loraport.serve.engine import versions
 from loraport.serve.engine.connect import connect, socket_path
 from loraport.serve.engine.process import DEFAULT_COMMAND, Engine, Launch
-from loraport.serve.engine.startup import wait_ready
+from loraport.serve.engine.startup import Timeline, wait_ready
 from loraport.serve.gateway.app import create_app
 from loraport.serve.gateway.server import run_in_thread
 from loraport.serve.gateway.settings import GatewaySettings
@@ -61,7 +61,7 @@ def running(home: Home, base: Base, rank: int = 8) -> Iterator[tuple[Live, httpx
             connect(launch.socket) as direct,
             httpx.Client(base_url=gateway.url, timeout=120, trust_env=False) as client,
         ):
-            wait_ready(engine, direct, ["base"])
+            wait_ready(engine, direct, ["base"], Timeline(), lambda *_: None)
             live = Live(state, home, base, "base", made, version, in_flight=gateway.in_flight, port=port)
             live.connect(direct)
             [result] = live.restore([first])

@@ -20,7 +20,7 @@ from loraport.clients.errors import (
     VerificationError,
 )
 from loraport.clients.home import Home
-from loraport.serve.adapters.catalog import Catalog, open_reference
+from loraport.serve.adapters.catalog import Catalog, open_reference, require_unchanged
 from loraport.serve.adapters.live import Live
 from loraport.serve.adapters.loading import GUARD
 from loraport.serve.gateway.app import create_app
@@ -371,7 +371,10 @@ def test_a_copy_of_a_version_is_another_version(home: Home, base: Base, tmp_path
     copied = folder.rename(tmp_path / "copy")
     opened = adapter(home, str(copied))
     assert opened.manifest.version.startswith("v1-") and opened.manifest.name == "demo"
+    require_unchanged(opened, home)
     (copied / "adapter_config.json").write_text(json.dumps(CONFIG | {"lora_alpha": 16}))
+    with pytest.raises(AdapterError, match=r"has changed since it was loaded as demo@v1-"):
+        require_unchanged(opened, home)
     assert adapter(home, str(copied)).manifest.version != opened.manifest.version
     assert adapter(home, f"other={copied}").manifest.name == "other"
 

@@ -226,11 +226,19 @@ def test_this_machine_can(host: str) -> None:
     assert not anyone(httpx_headers(host), GatewaySettings("127.0.0.1", 8000)).is_admin
 
 
-def httpx_headers(host: str) -> Any:
+def test_who_comes_through_a_proxy_needs_a_key() -> None:
+    with pytest.raises(Refusal) as caught:
+        anyone(
+            httpx_headers("127.0.0.1:8000", **{"x-forwarded-for": "203.0.113.9"}), GatewaySettings("127.0.0.1", 8000)
+        )
+    assert caught.value.status == 403 and "through a proxy" in caught.value.message
+
+
+def httpx_headers(host: str, **more: str) -> Any:
     """Headers of a request to a host."""
     from starlette.datastructures import Headers
 
-    return Headers({"host": host})
+    return Headers({"host": host, **more})
 
 
 LOOPBACK = {"127.0.0.1": True, "127.9.9.9": True, "::1": True, "::ffff:127.0.0.1": True, "localhost": True}

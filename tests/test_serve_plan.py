@@ -222,6 +222,7 @@ def test_flags() -> None:
         (["--lora-modules", "{}"], "before `--`"),
         (["--api-key", "k"], "loraport keys create"),
         (["--ssl-keyfile", "k"], "TLS"),
+        (["--disable-log-stats"], "from one that hangs"),
         *([[flag, "x"], ""] for flag in ("--host", "--model", "--dtype", "--root-path", "--uds")),
     ],
 )

@@ -274,6 +274,8 @@ def test_a_port_that_another_serve_holds(stocked: Home) -> None:
         second = Serving(stocked, "demo", *ENGINE, port=first.port)
         assert second.end() == 3
         assert f"is in use by process {first.process.pid} (loraport serve)." in second.text
+        with pytest.raises(ResourceError, match=f"in use by process {first.process.pid}"):
+            checks.check_port("127.0.0.2", first.port, stocked)  # free there, but its files are those of this port
         assert read_records(stocked) and first.process.poll() is None
 
 

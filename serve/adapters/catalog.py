@@ -216,6 +216,18 @@ def open_reference(
     return Adapter(folder, manifest.model_copy(update={"name": name, "version": label}))
 
 
+def require_unchanged(adapter: Adapter, home: Home) -> None:
+    """AdapterError where a folder outside the home holds other weights than when it got its version."""
+    if home.adapters in adapter.folder.parents:  # immutable
+        return
+    found = foreign.content_hash(adapter.folder)
+    if not adapter.manifest.version.endswith(found):
+        raise AdapterError(
+            f"{adapter.folder} has changed since it was loaded as {engine_name(adapter)}.",
+            "load it again: it is another version now",
+        )
+
+
 def split_name(text: str) -> tuple[str, str | None]:
     """("demo", "v2") of `demo@v2` and of `demo:v2`; ("demo", None) of `demo`."""
     found = VERSIONED.fullmatch(text)

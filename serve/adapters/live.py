@@ -30,7 +30,7 @@ from loraport.clients.errors import (
     VerificationError,
 )
 from loraport.clients.home import Home
-from loraport.serve.adapters.catalog import Catalog, engine_name, open_reference, split_name
+from loraport.serve.adapters.catalog import Catalog, engine_name, open_reference, require_unchanged, split_name
 from loraport.serve.adapters.loading import Slots
 from loraport.serve.adapters.prove import (
     Loaded,
@@ -120,10 +120,12 @@ class Live:
         prevs = {name: self.catalog.aliases(name).prev for name in list(self.served)}
         served = [(name, each) for name, each in list(self.served.items()) if name in prevs]
         failed = [(name, entry) for name, entry in list(self.failed.items()) if name not in prevs]
+        phase = self.engine.snapshot.phase
+        now = {} if phase is Phase.READY else {"state": str(phase)}  # nobody is verified while nobody answers
         if self.merged:
-            return [describe(Served(self.merged), None)]
+            return [describe(Served(self.merged), None) | now]
         return [
-            *(describe(each, prev.version if (prev := prevs[name]) else None) for name, each in served),
+            *(describe(each, prev.version if (prev := prevs[name]) else None) | now for name, each in served),
             *(describe_failed(adapter, reason) for _, (adapter, reason) in failed),
         ]
 
@@ -351,6 +353,7 @@ class Live:
         """Load and prove one adapter; its error is the result, an engine that is gone is raised."""
         try:
             self.check(adapter)
+            require_unchanged(adapter, self.home)
             self.take(adapter)
             return Restored(adapter, self.prove_alone(adapter))
         except (AdapterError, UsageError, ResourceError, VerificationError) as error:
