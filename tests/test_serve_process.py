@@ -247,23 +247,7 @@ def test_a_terminal_that_closes_ends_nothing_that_was_told_to_stay(stocked: Home
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_merged_adapter_is_proven_listed_and_comes_back(stocked: Home) -> None:
-    with serving(stocked, "--merge", "demo", *ENGINE) as running:
-        document = running.ready()
-        assert [(each["name"], each["state"]) for each in document["adapters"]] == [("demo", "verified")]
-        [model] = httpx.get(f"{document['base_url']}/models").json()["data"]
-        assert (model["id"], model["kind"], model["verified"]) == ("demo", "adapter", True)
-        assert "--enable-lora" not in running.processes()[1].cmdline()
-        running.processes()[1].kill()
-        wait_until(lambda: "the engine is ready again" in running.text, "another engine")
-        assert ask(running.port, "demo").status_code == 200
-        [record] = read_records(stocked)
-        headers = {"Authorization": f"Bearer {record.admin_key}"}
-        root = document["base_url"].removesuffix("/v1")
-        [listed] = httpx.get(f"{root}/admin/adapters", headers=headers).json()["adapters"]
-        assert (listed["name"], listed["state"]) == ("demo", "verified")
-        refused = httpx.post(f"{root}/admin/adapters", headers=headers, json={"reference": "demo"})
-        assert refused.status_code == 409 and "merged into its base" in refused.text
+def test_a_merged_adapter_is_served_alone(stocked: Home) -> None:
     both = Serving(stocked, "demo", "--merge", "demo", *ENGINE)
     assert both.end() == 2 and "serves that adapter alone" in both.text
 
