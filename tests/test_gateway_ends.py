@@ -135,5 +135,7 @@ def test_two_hundred_streams_all_end_while_the_engine_is_killed() -> None:
     with gated(token_s="0.03") as gate:
         ends = asyncio.run(crowd(gate))
         assert len(ends) == 200
-        assert all('"code": "engine_stopped"' in end for end in ends)
+        # The last ones may not have had a word yet: then the answer is a plain 503.
+        odd = [end[-300:] for end in ends if '"code": "engine_stopped"' not in end and end != "refused 503"]
+        assert not odd and sum("engine_stopped" in end for end in ends) > 100, odd[:1]
         assert not gate.running.gateway.running
