@@ -191,8 +191,7 @@ def test_the_context_that_vllm_names() -> None:
         ({}, None),
     ],
 )
-def test_the_context_that_vllm_has_found(
-    monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any], found: int | None
-) -> None:
-    monkeypatch.setattr(httpx, "get", lambda *_, **__: httpx.Response(200, json=answer))
-    assert served_context("http://127.0.0.1:1/v1") == found
+def test_the_context_that_vllm_has_found(answer: dict[str, Any], found: int | None) -> None:
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, json=answer))
+    with httpx.Client(transport=transport, base_url="http://engine") as client:
+        assert served_context(client) == found
