@@ -3,6 +3,7 @@
 adapters/<name>/<version>/   immutable adapter folders; a new training is a new version
 cache/                       the engine's compile cache and the like (it can execute code: private)
 logs/                        one log per engine start
+keys.json                    API keys, hashed
 run/<port>.json              the endpoint that `loraport serve` holds open now
 
 >>> Home.default().adapters
@@ -49,6 +50,11 @@ class Home:
     def run(self) -> Path:
         """Records of endpoints that are open now."""
         return self.root / "run"
+
+    @property
+    def keys(self) -> Path:
+        """The file of API keys, hashed."""
+        return self.root / "keys.json"
 
     def ensure(self, folder: Path) -> Path:
         """Make `folder` inside home with mode 0700 and return it."""

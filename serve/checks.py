@@ -4,7 +4,6 @@ Each check raises the error that says what is wrong; none changes anything.
 """
 
 import contextlib
-import ipaddress
 import os
 import shlex
 import socket
@@ -19,6 +18,7 @@ from loraport.serve.adapters.catalog import open_reference
 from loraport.serve.engine import versions
 from loraport.serve.engine.leftovers import read_traces
 from loraport.serve.gateway.keys import read as read_keys
+from loraport.serve.gateway.settings import is_loopback
 from loraport.train.adapters import Adapter
 from loraport.train.base_model import Base, identify, resolve
 from loraport.train.manifest import BaseIdentity
@@ -52,20 +52,12 @@ def open_to_others(host: str, home: Home) -> tuple[str, ...]:
     """Warnings about keys. UsageError where others could reach the endpoint and there is none."""
     ignored = ("warning: VLLM_API_KEY is ignored: keys are made with `loraport keys create NAME`.",)
     warnings = ignored if os.environ.get("VLLM_API_KEY") else ()
-    if not is_loopback(host) and not any(key.is_living() for key in read_keys(home.root / "keys.json")):
+    if not is_loopback(host) and not any(key.is_living() for key in read_keys(home.keys)):
         raise UsageError(
             f"--host {host} can be reached by others, and there is no API key yet.",
             "make one, which is shown once: loraport keys create NAME",
         )
     return warnings
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address; a name that cannot be resolved could be anything."""
-    with contextlib.suppress(OSError, ValueError):
-        found = {entry[4][0] for entry in socket.getaddrinfo(host, None)} if host else set()
-        return bool(found) and all(ipaddress.ip_address(address).is_loopback for address in found)
-    return False
 
 
 def check_port(host: str, port: int, home: Home) -> None:

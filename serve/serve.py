@@ -113,8 +113,7 @@ def open_gateway(request: Request, home: Home, state: EngineState) -> Gateway:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     log_to(home.ensure(home.logs) / f"gateway-{request.port}.log")
     usage = home.ensure(home.root / "usage") / f"{request.port}.json"
-    keys = home.root / "keys.json"
-    settings = GatewaySettings(request.host, request.port, keys, usage, origins=request.origins)
+    settings = GatewaySettings(request.host, request.port, home.keys, usage, origins=request.origins)
     return run_in_thread(create_app(state, settings), request.host, request.port)
 
 
@@ -266,10 +265,16 @@ class Service:
             self.gateway.stop(self.request.drain_s)
 
     def bring_up(self, running: Running) -> list[Model]:
+        """Adapters proven; the record of an endpoint that was ready before is brought up to date."""
+        merged = running.launch.merged
+        models = self.bring_up_merged(running, merged) if merged else self.bring_up_adapters(running)
+        if self.record:
+            self.write_record(running)
+        return models
+
+    def bring_up_adapters(self, running: Running) -> list[Model]:
         """Adapters loaded and proven. One that fails ends the first start; after a restart it is left out, and told."""
         launch, is_first = running.launch, self.record is None
-        if launch.merged:
-            return self.bring_up_merged(running, launch.merged)
         self.state.put(base_model(launch))
         self.live.connect(running.client, launch.plan)
         with console.status("loading adapters and replaying recorded replies"):
@@ -283,8 +288,6 @@ class Service:
             for warning in result.loaded.warnings if result.loaded else ():
                 say(warning, "yellow")
         self.restored = restored
-        if not is_first:
-            self.write_record(running)
         return [base_model(launch), *self.live.models]
 
     def bring_up_merged(self, running: Running, adapter: Adapter) -> list[Model]:

@@ -42,7 +42,7 @@ def socket_path(home: Home, port: int) -> Path:
     return folder / path.name
 
 
-def connect(socket: Path, wait_s: float = WAIT_S) -> httpx.Client:
+def connect(socket: Path) -> httpx.Client:
     """A client of the engine on that socket; paths begin with a slash: /health, /v1/models."""
     transport = httpx.HTTPTransport(verify=False, uds=str(socket), limits=LIMITS)
-    return httpx.Client(transport=transport, base_url=BASE_URL, timeout=wait_s, trust_env=False)
+    return httpx.Client(transport=transport, base_url=BASE_URL, timeout=WAIT_S, trust_env=False)

@@ -35,7 +35,7 @@ def main(
         home.ensure(home.logs)
         log_to(home.logs / f"gateway-{port}.log")
         usage = home.root / "usage" / f"{port}.json"
-        settings = GatewaySettings(host, port, home.root / "keys.json", usage, origins=tuple(origin or ()))
+        settings = GatewaySettings(host, port, home.keys, usage, origins=tuple(origin or ()))
         running = run_in_thread(create_app(state, settings), host, port)
     except LoraportError as error:
         exit_with(error, debug=False)

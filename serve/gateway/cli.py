@@ -40,7 +40,7 @@ def keys_create(
 ) -> None:
     """Make an API key and print it, this once."""
     home = Home.default()
-    path = home.root / "keys.json"
+    path = home.keys
     allowed = words(models)
     lifetime_s = seconds(expires_in) if expires_in is not None else None
     is_first = not keys.read(path)
@@ -69,7 +69,7 @@ def keys_list(
     """List the API keys, what they may do and what they have used."""
     home = Home.default()
     used = read_folder(home.root / "usage")
-    found = keys.read(home.root / "keys.json")
+    found = keys.read(home.keys)
     shown = [key for key in found if revoked or key.revoked is None]
     if json:
         print_json([document(key, used_by(key, used)) for key in shown])
@@ -83,7 +83,7 @@ def keys_list(
 
 def keys_revoke(name: Name, json: Json = False) -> None:
     """Revoke an API key: the next request with it is refused."""
-    path = Home.default().root / "keys.json"
+    path = Home.default().keys
     key = keys.revoke(path, name)
     if json:
         print_json(document(key, Used()))

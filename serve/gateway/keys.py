@@ -3,7 +3,7 @@
 A key is 256 random bits, so a plain hash is enough: there is nothing to guess. The file has mode 0600; changes are made
 under a lock and appear by one rename; a running gateway sees them at the next request.
 
-    >>> text, key = create(Home.default().root / "keys.json", "laptop", adapters=["demo"], requests_per_minute=60)
+    >>> text, key = create(Home.default().keys, "laptop", adapters=["demo"], requests_per_minute=60)
     >>> text[:3], key.name
     ('lp-', 'laptop')
 """
