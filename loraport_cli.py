@@ -59,6 +59,11 @@ GROUPS = {
                 "bench_startup",
                 "Measure how long a serve command takes to start, cold and warm.",
             ),
+            "plan": (
+                "loraport.bench.serving.plan_cli",
+                "bench_plan",
+                "Hold the plan of serving against the memory that vLLM reports.",
+            ),
             "make-adapters": (
                 "loraport.bench.serving.tools_cli",
                 "bench_make_adapters",

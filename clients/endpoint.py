@@ -60,8 +60,9 @@ class EndpointRecord:
 
     def write(self, home: Home) -> None:
         """Leave the record for the other commands."""
-        home.ensure(home.run).chmod(0o700)  # the key in it is its owner's alone
-        write_json(self.path(home), asdict(self))
+        with contextlib.suppress(OSError):  # the key in it is its owner's alone, where the file system can keep it so
+            home.ensure(home.run).chmod(0o700)
+        write_json(self.path(home), asdict(self), is_private=True)
 
 
 def process_identity(pid: int) -> tuple[int, float]:
@@ -81,15 +82,15 @@ def is_alive(identity: tuple[int, float] | None) -> bool:
 
 
 def read_records(home: Home) -> list[EndpointRecord]:
-    """All records, newest first, those of processes that are gone among them."""
+    """All records, that of the process which was started last first; those of processes that are gone among them."""
     found = []
     for path in home.run.glob("*.json") if home.run.is_dir() else ():
         with contextlib.suppress(OSError, JSONDecodeError, TypeError, KeyError):
             fields = loads(path.read_text(encoding="utf-8"))
             for key in ("process", "engine"):
                 fields[key] = tuple(fields[key]) if fields[key] else None
-            found.append((path.stat().st_mtime, EndpointRecord(**fields)))
-    return [record for _, record in sorted(found, key=lambda pair: pair[0], reverse=True)]
+            found.append(EndpointRecord(**fields))
+    return sorted(found, key=lambda record: record.process[1] if record.process else 0.0, reverse=True)
 
 
 def find_record(base_url: str, home: Home) -> EndpointRecord | None:

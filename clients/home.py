@@ -12,6 +12,7 @@ PosixPath('/home/me/.loraport/adapters')
 
 import json
 import os
+import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,12 +65,20 @@ class Home:
         return folder
 
 
-def write_json(path: Path, document: Any) -> None:
-    """Write `document` to `path` so that a reader sees the old text or the new, never half of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+def write_json(path: Path, document: Any, is_private: bool = False) -> None:
+    """Write `document` to `path` so that a reader sees the old text or the new, never half of it.
+
+    That holds for threads and processes that write at once, and for a machine that loses power. `is_private`: the file
+    gets mode 0600, wherever it lies.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     with os_errors("writing", path):
         try:
-            partial.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
+            with os.fdopen(os.open(partial, flags, 0o600 if is_private else 0o666), "w", encoding="utf-8") as file:
+                file.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

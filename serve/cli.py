@@ -14,6 +14,7 @@ from loraport.serve.plan.wish import (
     MaxLoraRank,
     MaxLoras,
     Quantization,
+    Replicas,
     Requests,
     Share,
     TensorParallel,
@@ -83,6 +84,7 @@ def serve(
     max_loras: MaxLoras = None,
     max_lora_rank: MaxLoraRank = None,
     tensor_parallel: TensorParallel = 1,
+    replicas: Replicas = "1",
     engine_command: Annotated[
         str | None,
         typer.Option(help="How to start vLLM's OpenAI server, for a vLLM elsewhere. [default: this environment's]"),
@@ -117,6 +119,7 @@ def serve(
         max_loras,
         max_lora_rank,
         tensor_parallel,
+        replicas,
     )
     run(
         Request(adapters, model, host, port, wanted, engine_command, more, json, drain, merge, tuple(origin or ())),

@@ -51,6 +51,7 @@ def as_json(ready: Ready) -> dict[str, Any]:
             for loaded in ready.adapters
         ],
         "context": plan.context,
+        "replicas": ready.launch.replicas,
         "plan": {choice.name: {"value": choice.value, "reason": choice.reason} for choice in plan.choices},
         "warnings": list(plan.warnings),
         "seconds": round(ready.seconds, 2),
@@ -72,6 +73,8 @@ def say_ready(ready: Ready) -> None:
     for loaded in ready.adapters:
         say(f"  model     {loaded.name}, adapter {loaded.manifest.version}{merged}, {describe(loaded.verified)}")
     say(f"  context   {ready.launch.plan.context:,} tokens")
+    if ready.launch.replicas > 1:
+        say(f"  replicas  {ready.launch.replicas}, of which the first answers; the others join")
     say("")
     for line in lines_to_copy(ready):
         say(line)

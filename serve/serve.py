@@ -3,7 +3,7 @@
 check    port, keys, adapters, base, names, disk                 1-2 s, nothing started     checks.py
 open     the gateway takes the port: 503 with phase and time until the engine is ready     gateway/
 plan     context, memory, requests, slots; each with its reason                             plan/
-start    the engine under its guard, on a socket of its own      20-60 s on two cores       supervise.py, engine/
+start    engines under their guards, on sockets of their own     20-60 s on two cores       fleet.py, engine/
 verify   adapters loaded, golden replies replayed, prompts       a second or two            adapters/, proof/
          compared, base and adapters asked at the same moment
 tell     base URL, models, lines to copy; the record for the other commands                 report.py
@@ -15,11 +15,9 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 
 from loraport.clients.endpoint import EndpointRecord, process_identity
 from loraport.clients.errors import LoraportError, UsageError
@@ -28,7 +26,7 @@ from loraport.clients.home import Home, require_disk, write_json
 from loraport.clients.terminal import console, print_json, say
 from loraport.serve import checks, report
 from loraport.serve.adapters import merge
-from loraport.serve.adapters.catalog import Catalog
+from loraport.serve.adapters.catalog import Catalog, open_whole
 from loraport.serve.adapters.live import Live
 from loraport.serve.adapters.prove import Restored, model_of
 from loraport.serve.engine import sampling, versions
@@ -37,6 +35,7 @@ from loraport.serve.engine.family import read_family
 from loraport.serve.engine.leftovers import end_leftovers
 from loraport.serve.engine.process import DEFAULT_COMMAND, Launch
 from loraport.serve.engine.quantised import require_packages
+from loraport.serve.fleet import Fleet
 from loraport.serve.gateway.app import create_app
 from loraport.serve.gateway.calls import log_to
 from loraport.serve.gateway.server import Running as Gateway
@@ -44,15 +43,15 @@ from loraport.serve.gateway.server import run_in_thread
 from loraport.serve.gateway.settings import GatewaySettings
 from loraport.serve.gateway.state import EngineState, Model, Phase
 from loraport.serve.plan.choose import plan, require_shape
-from loraport.serve.plan.hardware import read_device
-from loraport.serve.plan.settings import Plan, Wanted
+from loraport.serve.plan.hardware import count_replicas, read_device, split_gpus
+from loraport.serve.plan.settings import Choice, Plan, Wanted, for_one
+from loraport.serve.signals import Stop, ignored_signals, stop_signals
 from loraport.serve.supervise import Keeper, Running
-from loraport.train.adapters import Adapter, open_adapter
+from loraport.train.adapters import Adapter
 from loraport.train.base_model import Base
 from loraport.train.manifest import Manifest
 
 HELD_S = 1.0
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -72,14 +71,6 @@ class Request:
     origins: tuple[str, ...] = ()
 
 
-class Stop(BaseException):
-    """Ctrl-C or SIGTERM: its `number`. Not an Exception, so that nothing on the way takes it for a failure."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
 def serve(request: Request, home: Home) -> None:
     """Serve until a signal comes; any of LoraportError when it cannot, or can no longer."""
     began = time.monotonic()
@@ -89,12 +80,12 @@ def serve(request: Request, home: Home) -> None:
             for warning in checks.open_to_others(request.host, home):
                 say(warning, "yellow")
             checks.check_port(request.host, request.port, home)
-            state = EngineState()
+            state = EngineState(count_replicas(request.wanted))
             state.begin(Phase.STARTING, "checking adapters and base")
             with open_gateway(request, home, state) as gateway:
                 launch = prepare(request, home)
                 say_plan(launch)
-                Service(launch, request, home, state, gateway, began).run()
+                Service(spread(launch, home), request, home, state, gateway, began).run()
     except Stop:
         say("stopped.")
 
@@ -121,11 +112,12 @@ def prepare(request: Request, home: Home) -> Launch:
     """Everything that can be known before the engine is started; and a merged base, which takes as long as its disk."""
     command = checks.split_command(request.engine_command) or DEFAULT_COMMAND
     version = versions.engine_version(list(command), is_ours=request.engine_command is None)
-    device = read_device(request.wanted.tensor_parallel)
+    replicas = count_replicas(request.wanted)
+    wanted, device = for_one(request.wanted, replicas), read_device(request.wanted.tensor_parallel, replicas)
     require_disk(home.cache, checks.GPU_CACHE_BYTES if device.kind == "cuda" else checks.CACHE_BYTES, "the engine")
     adapters, base = find_merged(request, home) if request.merge else find_served(request, home, version)
     slotted = [] if request.merge else adapters
-    chosen = make_plan(request.wanted, base, slotted, device, versions.spare_slots(version, device.kind))
+    chosen = make_plan(wanted, base, slotted, device, versions.spare_slots(version, device.kind))
     require_packages(chosen, command, version, is_ours=request.engine_command is None)
     checks.check_golden_fit(adapters, chosen.context)
     names = checks.name_base(base, adapters)
@@ -135,7 +127,8 @@ def prepare(request: Request, home: Home) -> Launch:
         chosen = replace(chosen, warnings=(*chosen.warnings, *merge.notes(adapters[0])))
     manifests = [adapter.manifest for adapter in adapters]
     family = read_family(base, manifests, version)
-    chosen = replace(chosen, choices=(*chosen.choices, *family.choices, *sampling.choices(base, manifests)))
+    many = [Choice("replicas", str(replicas), why_replicas(device, wanted.tensor_parallel))] if replicas > 1 else []
+    chosen = replace(chosen, choices=(*many, *chosen.choices, *family.choices, *sampling.choices(base, manifests)))
     return Launch(
         command,
         version,
@@ -150,7 +143,25 @@ def prepare(request: Request, home: Home) -> Launch:
         family=family,
         merged=adapters[0] if request.merge else None,
         more=tuple(request.more),
+        replicas=replicas,
     )
+
+
+def why_replicas(device: Device, tensor_parallel: int) -> str:
+    """What each has, in words."""
+    gpus = "a GPU" if tensor_parallel == 1 else f"{tensor_parallel} GPUs"
+    part = f"{gpus} of its own" if device.kind == "cuda" else "a part of the cores and the memory"
+    return f"each has {part}; a request goes to the one that has fewest"
+
+
+def spread(launch: Launch, home: Home) -> list[Launch]:
+    """The launches of all replicas: each with GPUs of its own, where there are any, and a socket."""
+    is_cuda = launch.device.kind == "cuda" and launch.replicas > 1
+    gpus = split_gpus(launch.replicas, launch.plan.tensor_parallel) if is_cuda else [()] * launch.replicas
+    return [
+        replace(launch, replica=number, gpus=mine, socket=socket_path(home, launch.port, number))
+        for number, mine in enumerate(gpus)
+    ]
 
 
 def find_served(request: Request, home: Home, version: versions.Version) -> tuple[list[Adapter], Base]:
@@ -170,7 +181,7 @@ def find_merged(request: Request, home: Home) -> tuple[list[Adapter], Base]:
             f"--merge {request.merge} serves that adapter alone, not {', '.join(request.adapters)} too.",
             "serve the others on another port, or all of them without --merge",
         )
-    adapter = open_adapter(home, request.merge or "")
+    adapter = open_whole(home, request.merge or "")
     return [adapter], checks.find_base(request.model, [adapter])
 
 
@@ -192,7 +203,8 @@ def write_generation_config(base: Base, manifests: list[Manifest], port: int, ho
 
 def say_plan(launch: Launch) -> None:
     """What was chosen, and why."""
-    say(f"base {launch.base.short_name} on {launch.device.name}", "bold")
+    many = f", {launch.replicas} replicas" if launch.replicas > 1 else ""
+    say(f"base {launch.base.short_name}{many} on {launch.device.name}", "bold")
     width = max(len(choice.name) for choice in launch.plan.choices)
     for choice in launch.plan.choices:
         say(f"  {choice.name:{width}}  {choice.value}  ({choice.reason})")
@@ -201,13 +213,20 @@ def say_plan(launch: Launch) -> None:
 
 
 class Service:
-    """An engine that is kept, behind a gateway that is open."""
+    """Engines that are kept, behind a gateway that is open."""
 
     def __init__(
-        self, launch: Launch, request: Request, home: Home, state: EngineState, gateway: Gateway, began: float
+        self,
+        launches: list[Launch],
+        request: Request,
+        home: Home,
+        state: EngineState,
+        gateway: Gateway,
+        began: float,
     ) -> None:
         self.request, self.home, self.state, self.gateway, self.began = request, home, state, gateway, began
-        self.keeper = Keeper(launch, home, state, self.bring_up)
+        self.fleet = Fleet([Keeper(launch, home, state, self.bring_up) for launch in launches])
+        launch = launches[0]
         self.url = report.base_url(request.host, request.port)
         self.live = Live(
             state,
@@ -217,11 +236,15 @@ class Service:
             launch.plan,
             launch.version,
             in_flight=gateway.in_flight,
-            on_spoiled=self.keeper.spoil,
+            on_spoiled=self.fleet.spoil,
+            on_changed=self.refresh_record,
             port=request.port,
         )
         gateway.gateway.adapters = self.live  # for the admin routes
-        self.keeper.is_changing = lambda: self.live.is_changing
+        for keeper in self.fleet.keepers:
+            keeper.is_changing = lambda: self.live.is_changing
+        self.contexts: dict[int, int] = {}  # of the replicas: the shortest is the endpoint's
+        self.was_ready = False
         self.admin_key = gateway.gateway.ring.issue()
         self.restored: list[Restored] = []
         self.record: EndpointRecord | None = None
@@ -229,20 +252,23 @@ class Service:
     def run(self) -> None:
         """Start, tell, keep; whatever happens, nothing is left running."""
         try:
-            running = self.keeper.start()
+            running = self.fleet.start()
             self.tell(running)
             self.keep()
         finally:
             with ignored_signals():
-                if self.record:
-                    self.record.path(self.home).unlink(missing_ok=True)
+                record, self.record = self.record, None  # a change that comes too late must not write it again
+                if record:
+                    record.path(self.home).unlink(missing_ok=True)
                 self.gateway.stop()
-                self.keeper.end()
+                self.fleet.close()
+                if record:  # an engine that has just come up may have written it again
+                    record.path(self.home).unlink(missing_ok=True)
 
     def keep(self) -> None:
-        """Until a signal comes. An engine that stays down is told of, and then raised when the signal comes."""
+        """Until a signal comes. Engines that all stay down are told of, and that is raised when the signal comes."""
         try:
-            self.keeper.watch()
+            self.fleet.watch()
         except LoraportError as error:
             say(f"error: {error.message}", "bold red")
             say(f"requests are answered with 503 and this reason; Ctrl-C ends it. {error.hint}")
@@ -258,61 +284,75 @@ class Service:
     def drain(self) -> None:
         """Let the requests that run come to their ends; a second signal cuts that short."""
         self.state.begin(Phase.DRAINING, "it is being stopped")
+        self.fleet.let_be()
         waiting = len(self.gateway.gateway.running)
         if waiting:
             say(f"waiting up to {self.request.drain_s:.0f} s for {waiting} requests; a second signal ends them.")
         with suppress(Stop):
             self.gateway.stop(self.request.drain_s)
 
-    def bring_up(self, running: Running) -> list[Model]:
-        """Adapters proven; the record of an endpoint that was ready before is brought up to date."""
-        merged = running.launch.merged
-        models = self.bring_up_merged(running, merged) if merged else self.bring_up_adapters(running)
+    def bring_up(self, running: Running) -> None:
+        """Adapters proven and the gateway told, one replica after the other; the record is brought up to date."""
+        launch, words = running.launch, "loading adapters and replaying recorded replies"
+        with self.live.lock:
+            self.contexts[launch.replica] = launch.plan.context
+            with console.status(words) if running.is_shown else nullcontext():
+                self.restored = self.prove_merged(running) if launch.merged else self.prove_adapters(running)
+            running.timeline.see_end("verification", time.monotonic() - running.engine.started)
+            self.state.ready(uds=str(launch.socket), replica=launch.replica)
+            self.was_ready = True
         if self.record:
             self.write_record(running)
-        return models
 
-    def bring_up_adapters(self, running: Running) -> list[Model]:
+    def prove_adapters(self, running: Running) -> list[Restored]:
         """Adapters loaded and proven. One that fails ends the first start; after a restart it is left out, and told."""
-        launch, is_first = running.launch, self.record is None
-        self.state.put(base_model(launch))
-        self.live.connect(running.client, launch.plan)
-        with console.status("loading adapters and replaying recorded replies"):
-            restored = self.live.restore(launch.adapters if is_first else None)
-        running.timeline.see_end("verification", time.monotonic() - running.engine.started)
+        launch, is_first = running.launch, not self.was_ready
+        self.state.put(base_model(launch, self.context))
+        self.live.connect(running.client, launch.plan, launch.replica)
+        restored = self.live.restore(launch.adapters if is_first else None, launch.replica)
         for result in restored:
             if result.error and is_first:
                 raise result.error
             if result.error:
                 say(f"{result.adapter.manifest.name} is not served: {result.error.message}", "yellow")
-            for warning in result.loaded.warnings if result.loaded else ():
+            for warning in result.loaded.warnings if result.loaded and running.is_shown else ():
                 say(warning, "yellow")
-        self.restored = restored
-        return [base_model(launch), *self.live.models]
+        return restored
 
-    def bring_up_merged(self, running: Running, adapter: Adapter) -> list[Model]:
+    def prove_merged(self, running: Running) -> list[Restored]:
         """The adapter that is in the weights, proven under its own name."""
-        launch = running.launch
-        with console.status("replaying recorded replies"):
-            loaded = merge.prove_merged(running.client, adapter, launch.base, launch.plan)
-        running.timeline.see_end("verification", time.monotonic() - running.engine.started)
-        self.restored = [Restored(adapter, loaded)]
+        launch, adapter = running.launch, running.launch.merged
+        assert adapter is not None
+        loaded = merge.prove_merged(running.client, adapter, launch.base, launch.plan)
         self.live.merged = loaded
         name, version = adapter.manifest.name, adapter.manifest.version
         ends = sampling.engine_ends(launch.base, [adapter.manifest])
-        model = model_of(loaded, name, (f"{name}:latest", f"{name}@{version}"), "base", launch.plan.context, ends)
-        return [replace(model, engine_name=name, parent=adapter.manifest.base.model)]
+        model = model_of(loaded, name, (f"{name}:latest", f"{name}@{version}"), "base", self.context, ends)
+        self.state.put(replace(model, engine_name=name, parent=adapter.manifest.base.model))
+        return [Restored(adapter, loaded)]
+
+    @property
+    def context(self) -> int:
+        """Tokens of context that every replica has: vLLM may find another on each GPU."""
+        return min(self.contexts.values())
+
+    def refresh_record(self) -> None:
+        """Adapters came or went while it serves; a full disk must not undo that."""
+        running = next((keeper.running for keeper in self.fleet.keepers if keeper.running), None)
+        if self.record and running:
+            with suppress(LoraportError):
+                self.write_record(running)
 
     def write_record(self, running: Running) -> None:
         """The record for other commands."""
         launch = running.launch
-        names = [result.loaded.name for result in self.restored if result.loaded]
+        names = [self.live.merged.name] if self.live.merged else list(self.live.served)
         self.record = EndpointRecord(
             base_url=self.url,
             port=self.request.port,
             models=list(dict.fromkeys([*launch.base_names, *names])),
             adapters=names,
-            max_model_len=launch.plan.context,
+            max_model_len=self.context,
             process=process_identity(os.getpid()),
             engine=running.engine.identity,
             admin_key=self.admin_key,
@@ -331,36 +371,7 @@ class Service:
         report.say_ready(ready)
 
 
-def base_model(launch: Launch) -> Model:
+def base_model(launch: Launch, context: int) -> Model:
     """The base as the gateway lists it."""
     first, *others = launch.base_names
-    return Model(
-        first, root=launch.base.short_name, max_model_len=launch.plan.context, aliases=tuple(others), engine_name=first
-    )
-
-
-@contextmanager
-def stop_signals() -> Iterator[None]:
-    """Turn Ctrl-C, SIGTERM and the end of the terminal into Stop."""
-
-    def raise_stop(number: int, frame: FrameType | None) -> None:
-        raise Stop(number)
-
-    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup, `&`
-    before = {number: signal.signal(number, raise_stop) for number in heard}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def ignored_signals() -> Iterator[None]:
-    """Let nothing interrupt the clean-up, which ends by itself within seconds."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return Model(first, root=launch.base.short_name, max_model_len=context, aliases=tuple(others), engine_name=first)

@@ -1,31 +1,34 @@
 """Keeps an engine alive: started, watched, started again when it crashes or hangs, left down when that does not help.
 
 The gateway in front of it goes on answering: its state (gateway/state.py) says which phase the engine is in, why, and
-for how long. What an engine needs before it takes requests (adapters loaded, replies verified) is `bring_up`.
+for how long. What an engine needs before it takes requests (adapters loaded, replies verified) is `bring_up`. Several
+engines are kept by as many keepers, each in a thread of its own: fleet.py.
 
     >>> keeper = Keeper(launch, home, state, bring_up)
     >>> keeper.start()
-    >>> keeper.watch()                       # until a signal, or until it stays down, which is an EngineError
+    >>> keeper.watch()                       # until `close`, or until it stays down, which is an EngineError
 """
 
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import httpx
 
+from loraport.clients.engine_phases import Timeline
 from loraport.clients.errors import EngineError, LoraportError, UsageError
 from loraport.clients.home import Home
-from loraport.clients.terminal import console, say
+from loraport.clients.terminal import say
 from loraport.serve import checks
 from loraport.serve.engine import versions
 from loraport.serve.engine.connect import connect
 from loraport.serve.engine.process import Engine, Launch, arguments
 from loraport.serve.engine.starts import Start, expected_seconds
-from loraport.serve.engine.startup import Timeline, explain_death, served_context, wait_ready
-from loraport.serve.gateway.state import EngineState, Model, Phase
+from loraport.serve.engine.startup import explain_death, served_context, wait_ready
+from loraport.serve.gateway.state import EngineState, Phase
 from loraport.serve.plan.on_cpu import BLOCK
 
 GATEWAY_PHASES = {
@@ -75,13 +78,17 @@ class Running:
     counters: str = ""
     ready_at: float | None = None
     asked: float = field(default_factory=time.monotonic)
+    is_shown: bool = True  # to people, as it starts
 
 
-BringUp = Callable[[Running], Sequence[Model]]
+BringUp = Callable[[Running], None]
 
 
 class Keeper:
-    """One engine after the other. `launch` is as planned, and then as it was found to start."""
+    """One engine after the other. `launch` is as planned, and then as it was found to start.
+
+    `bring_up` does what is left to do, and tells the state that the engine is ready.
+    """
 
     def __init__(
         self, launch: Launch, home: Home, state: EngineState, bring_up: BringUp, patience: Patience | None = None
@@ -94,6 +101,17 @@ class Keeper:
         self.spoiled = ""  # why the engine must be replaced though it runs; written by other threads
         self.cause = ""  # of the restart that is under way
         self.is_restart = False
+        self.lock = threading.RLock()  # for the one moment when an engine is started or ended
+        self.over = threading.Event()  # somebody else has ended it: nothing is started any more
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether people see how it starts: of replicas, which start all alike, the first alone is looked at."""
+        return self.launch.replicas == 1 or (self.launch.replica == 0 and not self.is_restart)
+
+    def say(self, message: str, style: str = "") -> None:
+        """Print a line; of replicas it says which."""
+        say(f"{self.launch.name}: {message}" if self.launch.replicas > 1 else message, style)
 
     def start(self) -> Running:
         """Start an engine and bring it up. Any LoraportError ends it again.
@@ -114,30 +132,34 @@ class Keeper:
     def attempt(self) -> Running:
         """One try; the engine is left as it is where that fails, for its words to be read."""
         launch, kind = self.launch, kind_of(self.launch)
-        client = connect(launch.socket)  # first: a signal between engine and `running` would leave an orphan
-        running = self.running = Running(Engine(launch, self.home), client, launch, Timeline())
-        engine = running.engine
-        say(f"  log         {engine.log_path}")
-        version = ".".join(map(str, launch.version))
-        start = Start(kind, launch.port, list(launch.base_names), version, arguments(launch), self.is_restart)
+        with self.lock:
+            if self.over.is_set():
+                raise EngineError("the engine was ended before it was started.")
+            client, timeline = connect(launch.socket), Timeline(has_lora=launch.plan.slots > 0)
+            engine = Engine(launch, self.home)
+            running = self.running = Running(engine, client, launch, timeline, is_shown=self.is_shown)
+        say(f"  log         {engine.log_path}{f'  ({launch.name})' if launch.replicas > 1 else ''}")
+        version, command = ".".join(map(str, launch.version)), arguments(launch)
+        start = Start(
+            kind, launch.port, list(launch.base_names), version, command, self.is_restart, replica=launch.replica
+        )
         expected = expected_seconds(self.home, kind)
         outcome = "interrupted"
         try:
             names = list(launch.base_names)
             heard = partial(self.tell, expected=expected)
-            wait_ready(engine, running.client, names, running.timeline, heard)
+            wait_ready(engine, running.client, names, running.timeline, heard, running.is_shown)
             running.launch = self.launch = with_context_found(launch, running.client)
             self.tell("verifying", time.monotonic() - engine.started, expected)
-            models = self.bring_up(running)
+            self.bring_up(running)
             outcome = "ready"
         except LoraportError as error:
-            outcome = error.message
+            outcome = outcome if self.over.is_set() else error.message
             raise
         finally:
             start.models += [adapter.manifest.name for adapter in launch.adapters]
             with suppress(LoraportError):  # a full disk ends no engine
                 start.finish(self.home, running.timeline.seconds, outcome)
-        self.state.ready(models, uds=str(launch.socket))
         running.ready_at = time.monotonic()
         return running
 
@@ -146,11 +168,15 @@ class Keeper:
         known = Phase.VERIFYING if phase == "verifying" else GATEWAY_PHASES.get(phase, Phase.STARTING)
         if self.is_restart:
             known, phase = Phase.RESTARTING, f"{self.cause} ({phase})"
-        self.state.begin(known, phase, max(1.0, expected - at) if expected else None)
+        self.begin(known, phase, expected - at if expected else None)
+
+    def begin(self, phase: Phase, reason: str, expected_s: float | None = None) -> None:
+        """Tell the state of a phase of this engine."""
+        self.state.begin(phase, reason, expected_s, self.launch.replica)
 
     def watch(self) -> None:
-        """Look after the engine; EngineError once it stays down. A signal ends this as whatever the handler raises."""
-        while True:
+        """Look after the engine until `close`; EngineError once it stays down."""
+        while not self.over.is_set():
             cause = self.trouble()
             if cause:
                 self.recover(cause)
@@ -203,7 +229,7 @@ class Keeper:
     def recover(self, cause: LoraportError) -> None:
         """Start the engine again, until it runs or has ended too often, which is an EngineError."""
         self.is_restart = True
-        while True:
+        while not self.over.is_set():
             now, ready_at = time.monotonic(), self.running.ready_at if self.running else None
             if ready_at is not None and now - ready_at >= self.patience.window_s:
                 self.crashes = []
@@ -211,20 +237,24 @@ class Keeper:
             if len(self.crashes) >= self.patience.most:
                 self.stay_down(cause)
             self.cause = cause.message.rstrip(".")
-            self.state.begin(Phase.RESTARTING, self.cause, expected_seconds(self.home, kind_of(self.launch)))
-            say(f"{cause.message} It is started again ({len(self.crashes)} of {self.patience.most - 1}).", "yellow")
+            self.begin(Phase.RESTARTING, self.cause, expected_seconds(self.home, kind_of(self.launch)))
+            self.say(
+                f"{cause.message} It is started again ({len(self.crashes)} of {self.patience.most - 1}).", "yellow"
+            )
             for line in cause.details:
                 say(f"  {line}")
             self.end()
             self.spoiled = ""
             doubled = self.patience.pause_s * 2 ** (len(self.crashes) - 1)
-            time.sleep(min(doubled, self.patience.longest_pause_s))
+            self.over.wait(min(doubled, self.patience.longest_pause_s))
             try:
                 running = self.start()
             except LoraportError as error:
                 cause = error
             else:
-                say(f"the engine is ready again, after {sum(running.timeline.seconds.values()):.1f} s.", "green")
+                say(
+                    f"{self.launch.name} is ready again, after {sum(running.timeline.seconds.values()):.1f} s.", "green"
+                )
                 return
 
     def stay_down(self, cause: LoraportError) -> None:
@@ -232,22 +262,22 @@ class Keeper:
         minutes = self.patience.window_s / 60
         often = f"it ended {len(self.crashes)} times without {minutes:.0f} minutes of service in between"
         words = f"{cause.message.rstrip('.')}; {often} and stays down"
-        self.state.begin(Phase.DOWN, words)
+        self.begin(Phase.DOWN, words)
         self.end()
         raise EngineError(f"{words}.", cause.hint, cause.details)
 
     def end(self) -> None:
-        """End the engine, and say so where it takes a while. Twice is fine."""
-        running = self.running
-        if running is None:
-            return
-        running.client.close()
-        if running.engine.status is None:
-            with console.status("stopping the engine"):
+        """End the engine. Twice is fine."""
+        with self.lock:
+            running, self.running = self.running, None
+            if running:
                 running.engine.stop()
-        else:
-            running.engine.stop()
-        self.running = None  # only now: a signal on the way leaves it to the next call
+                running.client.close()
+
+    def close(self) -> None:
+        """End the engine, and start none again. From any thread."""
+        self.over.set()
+        self.end()
 
 
 def death(engine: Engine) -> EngineError:
@@ -260,7 +290,8 @@ def kind_of(launch: Launch) -> str:
     """What decides how long a start takes."""
     plan = launch.plan
     lora = f", LoRA rank {plan.rank} × {plan.slots}" if plan.slots else ""
-    return f"{launch.base.folder} on {launch.device.name}, {plan.quantization}{lora}"
+    others = f", {launch.replicas} replicas" if launch.replicas > 1 else ""
+    return f"{launch.base.folder} on {launch.device.name}, {plan.quantization}{lora}{others}"
 
 
 def counters(client: httpx.Client) -> str:

@@ -19,6 +19,8 @@ from tests.models import make_tiny_base
 ROOT = Path(__file__).parent.parent
 # A shell that starts the tests in the background makes them ignore Ctrl-C, and their children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup; a handler, unlike that, is not inherited
+    signal.signal(signal.SIGHUP, lambda *_: None)
 # The tests of this process are the same on every machine; only the real engine may see a GPU.
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -5,6 +5,7 @@ It answers golden prompts from the manifests of the adapters it is given. What i
     FAKE_WORDING=0.25        log lines of that version (default 0.32)
     FAKE_START_S=2           seconds from spawn to ready
     FAKE_CRASH=weights       die at that phase, with FAKE_LAST_WORDS as its last lines and status FAKE_STATUS
+    FAKE_CRASHING=-1.sock    only the engine whose socket is called so
     FAKE_TOO_LONG=700        die so while its cache is made where the context is longer
     FAKE_REPLIES=base        answer for adapters as the base does; `garbage`: as nobody does; default `golden`;
                              `mixed`: for the base as an adapter does, while one is asked too, as vLLM's CPU kernels do;
@@ -451,6 +452,8 @@ def main() -> None:
     if knob("GRANDCHILD"):
         sleeper = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
         subprocess.Popen([sys.executable, "-c", sleeper])
+    if not (options.uds or "").endswith(knob("CRASHING")):
+        os.environ.pop("FAKE_CRASH", None)
     if knob("TOO_LONG") and options.max_model_len > int(knob("TOO_LONG")):
         os.environ["FAKE_CRASH"] = "KV cache"
     run_phases()

@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +16,14 @@ import pytest
 from loraport.clients.endpoint import EndpointRecord, process_identity, read_records
 from loraport.clients.errors import AdapterError, EndpointError, Refused, ResourceError, UsageError, VerificationError
 from loraport.clients.home import Home
-from loraport.serve.adapters import cli
+from loraport.serve.adapters import cli, remote
 from loraport.serve.adapters.catalog import Catalog, open_reference
 from loraport.serve.gateway import keys
+from loraport.serve.gateway.state import Phase
+from loraport.serve.proof import prompts
 from loraport.train.base_model import Base
 from tests.gateway import error_of
+from tests.serving import wait_until
 from tests.test_adapters_accept import base, write_adapter
 from tests.test_adapters_live import V32, Bench, bench, write_version
 
@@ -125,6 +131,56 @@ def test_an_endpoint_that_cannot_change_adapters_says_so(at: Bench, capsys: pyte
         cli.load_adapter("demo")
     cli.list_adapters(json=True)
     assert [row["serving"] for row in printed(capsys)] == [None, None]
+
+
+def test_before_there_is_an_engine_it_says_when_to_come_back(at: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    at.running.gateway.adapters = None
+    at.state.begin(Phase.STARTING, "checking adapters and base", expected_s=40)
+    key = {"authorization": f"Bearer {at.running.gateway.ring.issue()}"}
+    routes = (("GET", "/admin/adapters"), ("POST", "/admin/adapters"), ("DELETE", "/admin/adapters/demo"))
+    for method, path in (*routes, ("POST", "/admin/adapters/demo/verify"), ("POST", "/v1/load_lora_adapter")):
+        answer = at.client.request(method, path, headers=key)
+        assert answer.status_code == 503 and error_of(answer)["code"] == "engine_starting"
+        assert 30 < int(answer.headers["retry-after"]) <= 40
+
+
+def test_changes_wait_for_the_engine_and_lists_do_not(at: Bench) -> None:
+    at.state.begin(Phase.RESTARTING, "it crashed")
+    with pytest.raises(Refused, match="The engine is restarting: it crashed"):
+        cli.load_adapter("demo")
+    key = {"authorization": f"Bearer {at.running.gateway.ring.issue()}"}
+    assert at.client.post("/admin/adapters", headers=key).headers["retry-after"] == "5"
+    assert at.client.get("/admin/adapters", headers=key).status_code == 200
+
+
+def test_a_busy_engine_is_told_of_in_words(at: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at.knob(freeze=str(tmp_path / "frozen"))
+    cli.load_adapter("demo@v1")
+    (tmp_path / "frozen").touch()
+    with monkeypatch.context() as impatient:
+        impatient.setattr(prompts, "TIMEOUT_S", 0.2)
+        with pytest.raises(EndpointError, match=r"the engine did not answer /tokenize within 0 s\.$") as caught:
+            cli.verify_adapter("demo")
+        assert "busy" in caught.value.hint
+        impatient.setattr(remote, "CHANGE_S", 0.2)
+        with pytest.raises(EndpointError, match=r"is busy: it has not finished within 0 s\.$") as late:
+            cli.load_adapter("demo@v2")
+    assert "`loraport adapters list` shows" in late.value.hint
+    (tmp_path / "frozen").unlink()
+    wait_until(lambda: at.asked("demo") == "demo@v2", "the load that nobody waits for")
+
+
+def test_ctrl_c_does_not_wait_for_a_load(at: Bench, tmp_path: Path) -> None:
+    at.knob(freeze=str(tmp_path / "frozen"))
+    (tmp_path / "frozen").touch()
+    command = [sys.executable, "-m", "loraport_cli", "adapters", "load", "demo@v1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: at.live.is_changing, "the load")
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)  # the engine is still frozen
+    assert process.returncode == 130 and said.startswith("stopped waiting; the endpoint goes on with it")
+    (tmp_path / "frozen").unlink()
+    wait_until(lambda: at.asked("demo") == "demo@v1", "the load that went on")
 
 
 def test_the_endpoint_of_this_machine_comes_before_the_variables(at: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from loraport.clients.engine_phases import Timeline
 from loraport.clients.errors import AdapterError
 from loraport.clients.home import Home
 from loraport.serve.adapters.catalog import open_reference
@@ -18,7 +19,7 @@ from loraport.serve.adapters.live import Live
 from loraport.serve.engine import versions
 from loraport.serve.engine.connect import connect, socket_path
 from loraport.serve.engine.process import DEFAULT_COMMAND, Engine, Launch
-from loraport.serve.engine.startup import Timeline, wait_ready
+from loraport.serve.engine.startup import wait_ready
 from loraport.serve.gateway.app import create_app
 from loraport.serve.gateway.server import run_in_thread
 from loraport.serve.gateway.settings import GatewaySettings

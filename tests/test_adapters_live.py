@@ -22,7 +22,7 @@ from loraport.clients.errors import (
 from loraport.clients.home import Home
 from loraport.serve.adapters.catalog import Catalog, open_reference, require_unchanged
 from loraport.serve.adapters.live import Live
-from loraport.serve.adapters.loading import GUARD
+from loraport.serve.adapters.loading import GUARD, make_zeros
 from loraport.serve.gateway.app import create_app
 from loraport.serve.gateway.server import Running, run_in_thread
 from loraport.serve.gateway.settings import GatewaySettings
@@ -404,3 +404,14 @@ def test_adapters_in_the_wrong_slot_are_served_no_longer(home: Home, base: Base)
         with pytest.raises(VerificationError, match="requests for base get the weights of another model"):
             at.live.load("demo@v2")
         assert at.listed() == {} and at.live.listing()[0]["state"] == "failed" and len(told) == 1
+
+
+def test_a_full_disk_is_told_of_before_a_load(home: Home, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_version(home, base, "v1")
+
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ResourceError, match="no disk space left while writing"):
+        make_zeros(home, folder)

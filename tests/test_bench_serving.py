@@ -12,12 +12,13 @@ from typing import Any
 import psutil
 import pytest
 
-from loraport.bench.environment import hide_secrets, server_command
+from loraport.bench.environment import server_command
 from loraport.bench.load.fleet import NullServer
 from loraport.bench.load.server import Server
 from loraport.bench.load.workload import Wish, make_workload, parse_lengths
 from loraport.bench.serving.cli import bench_gateway, bench_lora_tax, bench_throughput
 from loraport.clients.errors import EndpointError, UsageError
+from loraport.clients.redact import hide_secrets
 from tests.misbehaving import Misbehaving
 
 SMALL: dict[str, Any] = {"input_tokens": "8", "output_tokens": "4", "calibrate": False, "timeout": 20.0}

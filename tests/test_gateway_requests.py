@@ -10,7 +10,7 @@ from loraport.serve.gateway import context
 from loraport.serve.gateway.body import Body
 from loraport.serve.gateway.calls import loggable, request_id
 from loraport.serve.gateway.refusals import Refusal, not_ready
-from loraport.serve.gateway.state import EngineState, Model, Phase, Snapshot
+from loraport.serve.gateway.state import EngineState, Model, Phase, Replica, Snapshot
 from loraport.serve.gateway.upstream import HiddenUsage
 
 CHAT = "/v1/chat/completions"
@@ -205,17 +205,26 @@ def test_the_state_tells_what_is_left_and_keeps_the_address() -> None:
     state.ready([Model("a")], base_url="http://127.0.0.1:9/v1/")
     before = state.snapshot
     state.begin(Phase.RESTARTING, "it ran out of memory", expected_s=10)
-    assert state.snapshot.target.base_url == "http://127.0.0.1:9" and state.snapshot.models == before.models
+    assert state.snapshot.best.target.base_url == "http://127.0.0.1:9" and state.snapshot.models == before.models
     assert before.phase is Phase.READY  # a snapshot does not change
     assert state.snapshot.left_s(state.snapshot.since + 3.5) == 7
-    assert state.snapshot.left_s(state.snapshot.since + 99) == 1
+    assert state.snapshot.left_s(state.snapshot.since + 9.5) == 1
+    assert state.snapshot.left_s(state.snapshot.since + 99) is None
     refusal = not_ready(state.snapshot)
     assert refusal.message == "The engine is restarting: it ran out of memory; about 10 s left."
     assert refusal.headers == {"Retry-After": "10"} and refusal.status == 503
 
 
+def test_an_engine_that_is_overdue_is_no_second_away() -> None:
+    late = Snapshot((Replica(Phase.STARTING, "weights", expected_s=-3.0),))
+    assert late.is_overdue and not Snapshot((Replica(Phase.STARTING),)).is_overdue
+    refusal = not_ready(late)
+    assert refusal.message == "The engine is starting: weights; it takes longer than usual."
+    assert refusal.headers == {"Retry-After": "5"} and refusal.document()["error"]["expected_s"] is None
+
+
 def test_an_engine_that_is_down_says_why_without_a_time() -> None:
-    refusal = not_ready(Snapshot(Phase.DOWN, "it crashed three times within ten minutes."))
+    refusal = not_ready(Snapshot((Replica(Phase.DOWN, "it crashed three times within ten minutes."),)))
     assert refusal.message == "The engine is down: it crashed three times within ten minutes."
     assert refusal.document()["error"]["expected_s"] is None
 

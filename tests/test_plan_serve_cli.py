@@ -110,6 +110,8 @@ def test_replicas_share_the_requests(qwen: Path) -> None:
     two = document_of(plan(*flags, "--concurrency", "14", "--replicas", "2"))
     assert one["vllm_args"] == two["vllm_args"] and one["kv_cache_dtype"] == "fp8"
     assert (one["requests_of_full_length"], two["requests_of_full_length"]) == (7, 14)
+    assert (one["replicas"], two["replicas"]) == (1, 2) and two["requests_of_full_length_each"] == 7
+    assert one["memory"] == two["memory"] and "7 on each of 2 replicas" in two["verdict"]
 
 
 def test_adapters_by_name_say_base_rank_and_slots(home: Home, tiny_base: Path) -> None:
@@ -141,6 +143,8 @@ def test_of_a_hubs_model_the_configuration_alone_is_fetched(tmp_path: Path) -> N
         (["--gpu-memory", "80", "--context", "41k"], 2, "more than the 40,960 tokens"),
         (["--gpu-memory", "80", "--quantization", "gguf"], 2, "--quantization gguf is not known"),
         (["--gpu-memory", "80", "--dtype", "int8"], 2, "--dtype int8 is not known"),
+        (["--gpu-memory", "80", "--replicas", "auto"], 2, "--replicas auto counts the GPUs here"),
+        (["--replicas", "none"], 2, "--replicas none is not a number of engines"),
         (["--quantization", "fp8"], 2, "needs an NVIDIA GPU"),
         (["--gpu-name", "T4", "--quantization", "fp8"], 3, "FP8 weights need Ampere or later"),
     ],

@@ -1,36 +1,11 @@
-"""Lines of every supported version: phases of the start, and failures turned into advice."""
+"""What differs between versions of vLLM: failures turned into advice, flags, and how a version is found out."""
 
 import sys
 
 import pytest
 
 from loraport.serve.engine import versions
-from loraport.serve.engine.startup import Timeline, last_words
-from tests.fake_engine import start_lines
-
-
-@pytest.mark.parametrize("version", ["0.25", "0.32"])
-def test_every_line_begins_its_phase(version: str) -> None:
-    for phase, line in start_lines(version):
-        index = versions.phase_of(line)
-        assert index is not None and versions.PHASES[index][0] == phase, line
-
-
-def test_a_timeline_adds_up_and_never_goes_back() -> None:
-    timeline = Timeline()
-    for at, (_, line) in enumerate(start_lines("0.25"), start=1):
-        timeline.see(float(at), line)
-        timeline.see(float(at), "INFO [model.py:1] Resolved architecture: again")
-    timeline.finish(20.0)
-    assert sum(timeline.seconds.values()) == 20.0
-    assert list(timeline.seconds) == [name for name, _ in versions.PHASES]
-    timeline.see_end("verification", 23.0)
-    assert timeline.seconds["verification"] == 3.0
-
-
-def test_lines_that_begin_nothing() -> None:
-    for line in ("", "INFO:     Application startup complete.", "WARNING [cpu.py:224] Triton is not installed."):
-        assert versions.phase_of(line) is None
+from loraport.serve.engine.startup import last_words
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
 """An engine that is kept: started again when it crashes or hangs, left down when that does not help."""
 
 import os
+import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -15,7 +19,7 @@ from loraport.clients.errors import EngineError, ResourceError, VerificationErro
 from loraport.clients.home import Home
 from loraport.serve.engine.connect import LONGEST, connect, socket_path
 from loraport.serve.engine.leftovers import EngineTrace, read_traces, session_of
-from loraport.serve.engine.process import Launch
+from loraport.serve.engine.process import LOGS_KEPT, Launch, open_log
 from loraport.serve.engine.starts import expected_seconds, read_starts
 from loraport.serve.gateway.state import EngineState, Model, Phase
 from loraport.serve.plan.settings import Wanted
@@ -44,15 +48,16 @@ class Kept:
         self.keeper = Keeper(launch, home, self.state, self.bring_up, patience)
         begin = self.state.begin
 
-        def noted(phase: Phase, reason: str = "", expected_s: float | None = None) -> None:
+        def noted(phase: Phase, reason: str = "", expected_s: float | None = None, replica: int | None = None) -> None:
             self.phases.append((phase, reason))
-            begin(phase, reason, expected_s)
+            begin(phase, reason, expected_s, replica)
 
         self.state.begin = noted  # type: ignore[method-assign]
 
-    def bring_up(self, running: Running) -> list[Model]:
+    def bring_up(self, running: Running) -> None:
         self.brought_up += 1
-        return [Model("base", max_model_len=running.launch.plan.context)]
+        models = [Model("base", max_model_len=running.launch.plan.context)]
+        self.state.ready(models, uds=str(running.launch.socket))
 
     def watch(self) -> None:
         try:
@@ -98,7 +103,7 @@ def kept(launch: Launch, home: Home, patience: Patience = QUICK) -> Iterator[Kep
 def test_a_crash_is_mended_and_told(launch: Launch, home: Home) -> None:
     with kept(launch, home) as running:
         assert running.state.snapshot.phase is Phase.READY
-        assert running.state.snapshot.target.uds == str(launch.socket)
+        assert running.state.snapshot.ready[0].uds == str(launch.socket)
         running.crash()
         wait_until(lambda: running.state.snapshot.phase is Phase.READY, "ready again")
         answer = running.ask()
@@ -110,6 +115,7 @@ def test_a_crash_is_mended_and_told(launch: Launch, home: Home) -> None:
     assert [start["is_restart"] for start in starts] == [True, False]
     assert {start["outcome"] for start in starts} == {"ready"}
     assert "weights" in starts[0]["phases"] and "--uds" in starts[0]["command"]
+    assert "LoRA slots" not in starts[0]["phases"]  # it serves its base alone
     assert expected_seconds(home, kind_of(launch)) == pytest.approx(
         sum(start["seconds"] for start in starts) / 2, abs=0.01
     )
@@ -189,7 +195,7 @@ def test_an_engine_that_cannot_be_written_down_is_not_left_behind(
 
     monkeypatch.setattr(EngineTrace, "write", full)
     with pytest.raises(ResourceError):
-        Keeper(launch, home, EngineState(), lambda _: [], QUICK).start()
+        Keeper(launch, home, EngineState(), lambda _: None, QUICK).start()
     assert guards and all_gone(guards)
 
 
@@ -205,7 +211,7 @@ def test_a_restart_that_fails_counts_as_a_crash(launch: Launch, home: Home, monk
 def test_adapters_that_no_longer_answer_as_trained_keep_it_from_ready(launch: Launch, home: Home) -> None:
     with kept(launch, home) as running:
 
-        def refuse(_: Running) -> list[Model]:
+        def refuse(_: Running) -> None:
             running.brought_up += 1
             raise VerificationError("the adapter demo is loaded but not applied.", "look")
 
@@ -233,3 +239,77 @@ def test_a_home_with_a_long_path_has_its_socket_elsewhere(tmp_path: Path) -> Non
     assert len(os.fsencode(found)) <= LONGEST and found.parent.stat().st_mode & 0o777 == 0o700
     assert socket_path(far, 8000) == found != socket_path(far, 8001)
     assert found.parent != short.run
+
+
+class Refusing(socket.socket):
+    """A socket that only a file system of this machine's own holds."""
+
+    refused = ""
+
+    def bind(self, address: Any) -> None:
+        if str(address).startswith(self.refused):
+            raise PermissionError(1, "Operation not permitted")
+        super().bind(address)
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder with a path short enough for a socket."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def test_a_home_that_holds_no_sockets_has_its_socket_elsewhere(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Home(short / "home")
+    assert socket_path(home, 8000) == home.run / "8000.sock"
+    monkeypatch.setattr(socket, "socket", Refusing)
+    monkeypatch.setattr(Refusing, "refused", str(home.run))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(short))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short / "home"))
+    found = socket_path(home, 8000)
+    assert found.parent.parent == short and found.parent.stat().st_mode & 0o777 == 0o700
+    with monkeypatch.context() as shared:  # a file system without modes, on which all may enter
+        shared.setattr(Refusing, "refused", "/nowhere")
+        home.run.chmod(0o755)
+        assert socket_path(home, 8000).parent == home.run
+        home.run.chmod(0o755)
+        shared.setattr(Path, "chmod", lambda *_: None)
+        assert socket_path(home, 8000) == found
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/nowhere")
+    found = socket_path(home, 8000)
+    assert found.parent.parent == short / "home" and list(found.parent.iterdir()) == []
+    found.parent.chmod(0o755)
+    with pytest.raises(ResourceError, match="is open to them"):
+        socket_path(home, 8000)
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    with pytest.raises(ResourceError, match=r"neither .* nor /nowhere can hold a Unix socket") as caught:
+        socket_path(home, 8000)
+    assert "TMPDIR" in caught.value.hint
+
+
+def test_two_starts_may_remove_old_logs_at_once(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    home.ensure(home.logs)
+    for number in range(LOGS_KEPT + 2):
+        (home.logs / f"serve-{number:02}.log").touch()
+    stat = Path.stat
+
+    def vanished(path: Path, **more: Any) -> os.stat_result:
+        if path.name == "serve-03.log":
+            path.unlink(missing_ok=True)  # by the other one, between its listing and ours
+        return stat(path, **more)
+
+    monkeypatch.setattr(Path, "stat", vanished)
+    path, log = open_log(home, "8000")
+    log.close()
+    monkeypatch.undo()
+    assert path.stat().st_mode & 0o777 == 0o600 and len(list(home.logs.glob("serve-*.log"))) <= LOGS_KEPT
+
+
+def test_secrets_among_the_engines_flags_are_not_kept(launch: Launch, home: Home) -> None:
+    secret = ("--hf-token", "hf_geheim")
+    with kept(replace(launch, more=secret), home) as running:
+        assert "hf_geheim" in running.keeper.launch.more
+    [start] = read_starts(home)
+    assert start["command"][-2:] == ["--hf-token", "…"]
+    [path] = (home.root / "starts").iterdir()
+    assert "geheim" not in path.read_text() and path.stat().st_mode & 0o777 == 0o600

@@ -172,10 +172,10 @@ def linears(config: dict[str, Any], targets: tuple[str, ...]) -> dict[str, tuple
     }
 
 
-def require_new(folder: Path) -> None:
-    """Refuse a folder in which something lies."""
+def require_new(folder: Path, flag: str = "--out") -> None:
+    """Refuse a folder, given with `flag`, in which something lies."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} is not empty.", "choose a new folder: --out DIR")
+        raise UsageError(f"{folder} is not empty.", f"choose a new folder: {flag} DIR")
 
 
 def billions(shape: str) -> float:

@@ -11,7 +11,6 @@ the base, the first of the adapter. What the engine says of its phases comes fro
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -28,23 +27,14 @@ import psutil
 from loraport.bench.environment import gpu_memory_used
 from loraport.bench.load.prompts import Source
 from loraport.bench.load.server import Server
-from loraport.clients.errors import EndpointError
+from loraport.clients.engine_phases import durations
+from loraport.clients.errors import EndpointError, os_errors
 from loraport.clients.models import ModelCard
 
 MILESTONES = ("port", "health", "models", "first base token", "first adapter token")
 POLL_S = 0.05
 GRACE_S = 60.0
 LOG_LINES = 12
-# Durations that vLLM tells in its log, 0.25 to 0.32.
-TOLD = (
-    ("weights", re.compile(r"Loading weights took ([\d.]+) seconds")),
-    ("model loading", re.compile(r"Model loading took .* ([\d.]+) s(?:econds)?\b")),
-    ("Dynamo", re.compile(r"Dynamo bytecode transform time: ([\d.]+) s")),
-    ("compilation", re.compile(r"torch\.compile took ([\d.]+) s")),
-    ("profiling", re.compile(r"Initial profiling/warmup run took ([\d.]+) s")),
-    ("graph capture", re.compile(r"Graph capturing finished in ([\d.]+) sec")),
-    ("engine in all", re.compile(r"init engine .* took ([\d.]+) s")),
-)
 
 
 @dataclass(frozen=True)
@@ -88,26 +78,36 @@ class Ended(Exception):
     """The command ended before it was of use, or took too long."""
 
 
+Tell = Callable[[str, float], None]  # (milestone, seconds since the spawn)
+# As `watch`: what is started, its process, when, what to fill in, whom to tell.
+Wait = Callable[[Start, "subprocess.Popen[bytes]", float, dict[str, Any], Tell], None]
+
+
 def run_once(
-    start: Start, variables: dict[str, str], log: Path, tell: Callable[[str, float], None] = lambda name, at: None
+    start: Start,
+    variables: dict[str, str],
+    log: Path,
+    tell: Tell = lambda name, at: None,
+    wait: Wait | None = None,
 ) -> dict[str, Any]:
-    """One start, from spawn to stop. Whatever happens, the process group is ended."""
+    """One start, from spawn to stop; `wait` says when, by default `watch`. Its process group is ended in any case."""
     before = gpu_memory_used()
     with log.open("wb") as errors, log.with_suffix(".out").open("wb") as out:
         begun = time.monotonic()
         found: dict[str, Any] = {"milestones": {}, "error": None}
         with held_signals() as release:
-            process = subprocess.Popen(
-                start.command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=errors,
-                env=dict(os.environ) | variables,
-                start_new_session=True,
-            )
+            with os_errors("starting", Path(start.command[0])):
+                process = subprocess.Popen(
+                    start.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=errors,
+                    env=dict(os.environ) | variables,
+                    start_new_session=True,
+                )
             try:
                 release()
-                watch(start, process, begun, found, tell)
+                (wait or watch)(start, process, begun, found, tell)
                 found["memory"] = memory(process, before)
             except Ended as ended:
                 found["error"] = str(ended)
@@ -121,22 +121,10 @@ def watch(
     process: "subprocess.Popen[bytes]",
     begun: float,
     found: dict[str, Any],
-    tell: Callable[[str, float], None],
+    tell: Tell,
 ) -> None:
     """Fill in the milestones one after the other; Ended when one does not come."""
-
-    def reach(name: str, is_there: Callable[[], Any]) -> Any:
-        while not (seen := is_there()):
-            if process.poll() is not None:
-                raise Ended(f"it ended with status {process.returncode} before: {name}")
-            if time.monotonic() - begun > start.timeout_s:
-                raise Ended(f"it took longer than {start.timeout_s:.0f} s before: {name}")
-            time.sleep(POLL_S)
-        at = time.monotonic() - begun if seen is True else seen - begun
-        found["milestones"][name] = round(at, 3)
-        tell(name, at)
-        return seen
-
+    reach = reacher(start, process, begun, found, tell)
     with Server(start.base_url) as server:
         server.http.timeout = httpx.Timeout(5)
         cards: list[ModelCard] = []
@@ -150,6 +138,30 @@ def watch(
                 reach(f"first {name} token", partial(first_token, server, model))
                 found[f"second_{name}_token_s"] = second_token(server, model)
         found["models"] = {"base": base, "adapter": adapter}
+
+
+def reacher(
+    start: Start,
+    process: "subprocess.Popen[bytes]",
+    begun: float,
+    found: dict[str, Any],
+    tell: Tell,
+) -> Callable[[str, Callable[[], Any]], Any]:
+    """What waits for one milestone, notes when it came and returns what came; Ended when it does not."""
+
+    def reach(name: str, is_there: Callable[[], Any]) -> Any:
+        while not (seen := is_there()):
+            if process.poll() is not None:
+                raise Ended(f"it ended with status {process.returncode} before: {name}")
+            if time.monotonic() - begun > start.timeout_s:
+                raise Ended(f"it took longer than {start.timeout_s:.0f} s before: {name}")
+            time.sleep(POLL_S)
+        at = time.monotonic() - begun if seen is True else seen - begun
+        found["milestones"][name] = round(at, 3)
+        tell(name, at)
+        return seen
+
+    return reach
 
 
 def is_open(server: Server) -> bool:
@@ -237,8 +249,12 @@ def end_group(process: "subprocess.Popen[bytes]") -> None:
 def read_log(log: Path) -> dict[str, Any]:
     """What the engine told of its phases: `told` in its log; `phases` in the document of `loraport serve --json`."""
     words = log.read_text(errors="replace") + log.with_suffix(".out").read_text(errors="replace")
-    told = {name: float(found[-1]) for name, pattern in TOLD if (found := pattern.findall(words))}
-    return {"told": told, "phases": read_phases(log.with_suffix(".out"))}
+    return {"told": durations(words), "phases": read_phases(log.with_suffix(".out"))}
+
+
+def read_words(log: Path) -> str:
+    """All that it said, on standard error and standard output."""
+    return log.read_text(errors="replace") + log.with_suffix(".out").read_text(errors="replace")
 
 
 def read_phases(out: Path) -> dict[str, float] | None:

@@ -9,10 +9,11 @@ from typing import Any
 
 from rich.text import Text
 
-from loraport.bench.environment import describe_environment, hide_secrets
+from loraport.bench.environment import describe_environment
 from loraport.bench.serving.caches import NOT_DROPPED
 from loraport.bench.serving.startup import MILESTONES, Start
 from loraport.bench.tables import NOTHING, number, plain_table, result_console
+from loraport.clients.redact import hide_secrets
 
 BAR = 50  # characters of the longest waterfall
 

@@ -138,7 +138,7 @@ def bench_make_adapters(
 
 
 def bench_make_base(
-    shape: Annotated[str, typer.Option(help="mistral-7b, llama-3.1-8b, qwen3-8b, qwen3-32b, llama-65b or tiny.")],
+    shape: Annotated[str, typer.Option(help="Such as llama-3.2-1b, qwen3-8b or tiny; see bench plan.")],
     out: Annotated[Path, typer.Option(help="A new folder for it.")],
     context: Annotated[int, typer.Option(min=16, help="Its longest context in tokens.")] = 32768,
 ) -> None:

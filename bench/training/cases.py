@@ -41,10 +41,17 @@ def shape(
     }
 
 
+TIED = {"tie_word_embeddings": True}
 SHAPES: dict[str, dict[str, Any]] = {
     "mistral-7b": shape("mistral", 4096, 14336, 32, 32, 8, 32000, sliding_window=None),
+    "llama-3.2-1b": shape("llama", 2048, 8192, 16, 32, 8, 128256, head_dim=64, **TIED),
+    "llama-3.2-3b": shape("llama", 3072, 8192, 28, 24, 8, 128256, head_dim=128, **TIED),
     "llama-3.1-8b": shape("llama", 4096, 14336, 32, 32, 8, 128256),
+    "qwen3-1.7b": shape("qwen3", 2048, 6144, 28, 16, 8, 151936, head_dim=128, **TIED),
+    "qwen3-4b": shape("qwen3", 2560, 9728, 36, 32, 8, 151936, head_dim=128, **TIED),
     "qwen3-8b": shape("qwen3", 4096, 12288, 36, 32, 8, 151936, head_dim=128),
+    "qwen3-14b": shape("qwen3", 5120, 17408, 40, 40, 8, 151936, head_dim=128),
+    "mistral-small-24b": shape("mistral", 5120, 32768, 40, 32, 8, 131072, head_dim=128, sliding_window=None),
     "qwen3-32b": shape("qwen3", 5120, 25600, 64, 64, 8, 151936, head_dim=128),
     "llama-65b": shape("llama", 8192, 22016, 80, 64, 64, 32000),
     "tiny": shape("llama", 64, 128, 2, 4, 2, 256),
@@ -112,11 +119,13 @@ def row_lengths(case: Case, rows: Rows, count: int, seed: int = 0) -> list[int]:
 
 
 def parameters(shape: dict[str, Any]) -> int:
-    """Elements of a model of the Llama family."""
+    """Elements of a model of the Llama family; those of a head that is the embedding count once."""
     hidden, head = shape["hidden_size"], shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
     attention = 2 * hidden * head * (shape["num_attention_heads"] + shape["num_key_value_heads"])
-    layer = attention + 3 * hidden * shape["intermediate_size"] + 2 * hidden
-    return int(shape["num_hidden_layers"] * layer + 2 * shape["vocab_size"] * hidden + hidden)
+    norms = 2 * hidden + (2 * head if shape["model_type"] == "qwen3" else 0)  # Qwen3 norms queries and keys, by head
+    layer = attention + 3 * hidden * shape["intermediate_size"] + norms
+    words = (1 if shape["tie_word_embeddings"] else 2) * shape["vocab_size"] * hidden
+    return int(shape["num_hidden_layers"] * layer + words + hidden)
 
 
 def limit_tokens_per_second(shape: dict[str, Any], matmul_flops: float | None) -> float | None:

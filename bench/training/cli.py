@@ -39,9 +39,10 @@ def bench_train(
     turns. Tokens are those of rows, without padding; steps of the warm-up do not count. A run that fails is a line of
     the table.
 
-    Shapes: mistral-7b, llama-3.1-8b, qwen3-8b, qwen3-32b, llama-65b, tiny. Cases: nf4-r8-1024-full, nf4-r8-1024-off,
-    nf4-r16-4096-full, nf4-r16-4096-off, bf16-r16-4096-full, bf16-r16-4096-off (form of the base, rank, longest row,
-    checkpointing); on a CPU fp32-r8-64-full, fp32-r8-64-off.
+    Shapes: llama-3.2-1b, qwen3-1.7b, llama-3.2-3b, qwen3-4b, mistral-7b, llama-3.1-8b, qwen3-8b, qwen3-14b,
+    mistral-small-24b, qwen3-32b, llama-65b, tiny. Cases: nf4-r8-1024-full, nf4-r8-1024-off, nf4-r16-4096-full,
+    nf4-r16-4096-off, bf16-r16-4096-full, bf16-r16-4096-off (form of the base, rank, longest row, checkpointing); on a
+    CPU fp32-r8-64-full, fp32-r8-64-off.
     """
     from loraport.bench.training.report import print_report, to_json
 

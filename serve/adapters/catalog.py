@@ -19,7 +19,7 @@ calls an adapter `demo@v3`, and a name never means other weights than before.
 import json
 import re
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from loraport.clients.errors import AdapterError, LoraportError, UsageError
@@ -27,7 +27,7 @@ from loraport.clients.home import Home, write_json
 from loraport.serve.adapters import foreign
 from loraport.serve.adapters.accept import check_servable
 from loraport.serve.engine import versions as engine_versions
-from loraport.train.adapters import Adapter, check_name, check_whole, find_adapter
+from loraport.train.adapters import Adapter, check_name, check_whole, find_adapter, open_adapter
 from loraport.train.base_model import Base, resolve
 from loraport.train.manifest import FILE_NAME, Manifest
 
@@ -214,6 +214,13 @@ def open_reference(
     if folder != home.adapters / name / label:  # a copy, or another's name: `demo@v3` must mean the home's v3
         label = f"{label}-{foreign.content_hash(folder)}"
     return Adapter(folder, manifest.model_copy(update={"name": name, "version": label}))
+
+
+def open_whole(home: Home, reference: str) -> Adapter:
+    """The adapter that a reference means, known to be whole, of whatever rank: `--merge` puts it into no slot."""
+    folder, name = locate(home, reference)
+    adapter = open_adapter(home, str(folder))
+    return replace(adapter, manifest=adapter.manifest.model_copy(update={"name": name})) if name else adapter
 
 
 def require_unchanged(adapter: Adapter, home: Home) -> None:

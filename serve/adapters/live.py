@@ -4,10 +4,10 @@ What is asked for (`demo`) and what the engine holds (`demo@v3`) are two names. 
 old one, replays its golden replies, asks base and adapters at the same moment, and only then says to the gateway that
 `demo` is `demo@v3`: from one request to the next. The version before stays as `demo:prev` as long as there is room,
 and one that nobody may ask any more is unloaded when its last request has its answer. A load that fails leaves
-everything as it was.
+everything as it was. Where an endpoint has several engines (holders.py), all of them hold the same.
 
     live = Live(engine, home, base, "base", plan, version, in_flight=running.in_flight, port=8000)
-    live.connect(client)                 # to the engine's socket; again after each of its starts
+    live.connect(client)                 # to an engine's socket; again after each of its starts
     live.restore(adapters)               # the first time these; without, those of before the restart
     live.load("demo@v4"), live.rollback("demo"), live.unload("demo"), live.verify("demo"), live.listing()
 
@@ -31,6 +31,7 @@ from loraport.clients.errors import (
 )
 from loraport.clients.home import Home
 from loraport.serve.adapters.catalog import Catalog, engine_name, open_reference, require_unchanged, split_name
+from loraport.serve.adapters.holders import SWEEP_S, Holders
 from loraport.serve.adapters.loading import Slots
 from loraport.serve.adapters.prove import (
     Loaded,
@@ -41,20 +42,17 @@ from loraport.serve.adapters.prove import (
     describe,
     describe_failed,
     models_of,
-    prove,
 )
 from loraport.serve.engine import versions
 from loraport.serve.engine.sampling import engine_ends
 from loraport.serve.gateway.state import EngineState, Model, Phase
 from loraport.serve.plan.settings import Plan
-from loraport.serve.proof.together import check_together
 from loraport.serve.proof.tolerance import serving_type
 from loraport.train.adapters import Adapter
 from loraport.train.base_model import Base
 from loraport.train.manifest import Manifest
 
 ROOM_S = 30.0  # that a load waits for the last requests of versions that are unloaded
-SWEEP_S = 0.2
 
 
 def nobody(name: str) -> int:
@@ -62,16 +60,16 @@ def nobody(name: str) -> int:
     return 0
 
 
-def nothing(reason: str) -> None:
+def nothing(*_: str) -> None:
     """Nobody wants to know."""
 
 
 class Live:
-    """The adapters of one endpoint, over all starts of its engine.
+    """The adapters of one endpoint, over all starts of its engines.
 
     `in_flight`: requests that were given that name of the engine and are not answered yet. `on_spoiled`: told why where
-    adapters work again only after the engine was started again. `target_modules`: what the engine was limited to with
-    --lora-target-modules, if it was.
+    adapters work again only after the engine was started again. `on_changed`: called after each change that was asked
+    for. `target_modules`: what the engine was limited to with --lora-target-modules, if it was.
     """
 
     def __init__(
@@ -85,29 +83,29 @@ class Live:
         *,
         in_flight: Callable[[str], int] = nobody,
         on_spoiled: Callable[[str], None] = nothing,
+        on_changed: Callable[[], None] = nothing,
         port: int = 8000,
         target_modules: Collection[str] | None = None,
     ) -> None:
         self.engine, self.home, self.base, self.base_name = engine, home, base, base_name
         self.plan, self.version, self.target_modules = plan, version, target_modules
-        self.in_flight, self.on_spoiled, self.catalog = in_flight, on_spoiled, Catalog(home, port)
+        self.in_flight, self.on_spoiled, self.on_changed = in_flight, on_spoiled, on_changed
+        self.catalog = Catalog(home, port)
         self.lock = threading.RLock()
-        self.slots: Slots | None = None
+        self.holders = Holders(engine, in_flight, self.lock)
         self.served: dict[str, Served] = {}
         self.failed: dict[str, tuple[Adapter, str]] = {}
-        self.retired: set[str] = set()
         self.is_changing = False  # for others to see: an adapter is being loaded or proven
         self.merged: Loaded | None = None  # what is in the weights: then nothing else is served
         self.ends: frozenset[int] = frozenset()  # tokens on which the engine stops, whoever answers
 
-    def connect(self, client: httpx.Client, plan: Plan | None = None) -> None:
+    def connect(self, client: httpx.Client, plan: Plan | None = None, replica: int = 0) -> None:
         """The engine that answers here is new, holds no adapter yet, and was started with `plan`, if that changed."""
         with self.lock:
             self.plan = plan or self.plan
             kind = "cpu" if self.plan.kv_bytes is not None else "cuda"
             keeps_last_empty = versions.spare_slots(self.version, kind) > 0
-            self.slots = Slots(client, self.plan.slots, keeps_last_empty, self.home)
-            self.retired.clear()
+            self.holders.connect(replica, Slots(client, self.plan.slots, keeps_last_empty, self.home))
 
     @property
     def models(self) -> list[Model]:
@@ -158,7 +156,7 @@ class Live:
             served = self.find(name)
             if served.prev and which in ("prev", served.prev.adapter.manifest.version):
                 self.put(Served(served.latest))
-                self.retire(served.prev)
+                self.holders.retire(served.prev.engine_name)
             elif which in (None, "latest", served.latest.adapter.manifest.version):
                 self.catalog.forget(name)
                 self.drop(name)
@@ -174,36 +172,55 @@ class Live:
             self.put(Served(loaded, served.prev))
             return loaded
 
-    def restore(self, adapters: Sequence[Adapter] | None = None) -> list[Restored]:
-        """Load and verify all after a start of the engine: `adapters` and no others, or those of before.
+    def restore(self, adapters: Sequence[Adapter] | None = None, replica: int = 0) -> list[Restored]:
+        """Load and verify all after a start of an engine: `adapters` and no others, or those of before.
 
-        One that fails is left out, with its reason. Where base and adapters do not keep apart, all are: then nobody
-        knows whose weights are whose. EndpointError where the engine does not answer, and then nothing is forgotten.
+        Beside engines that are ready: all that those serve; any error is raised, because it is no replica then.
+
+        Where there are none, one that fails is left out, with its reason. Where base and adapters do not keep apart,
+        all are: then nobody knows whose weights are whose. EndpointError where the engine does not answer, and then
+        nothing is forgotten.
         """
-        with self.lock:
-            before = self.served, self.failed
-            wanted = list(adapters) if adapters is not None else self.known()
-            if adapters is not None:  # the engine was started for these
-                self.ends = engine_ends(self.base, [adapter.manifest for adapter in wanted])
-            self.served, self.failed = {}, {}
-            try:
-                results = self.keep_apart([self.restore_one(adapter) for adapter in wanted])
-                if adapters is not None and all(result.loaded for result in results):
-                    self.catalog.begin(self.base, wanted)
-            except BaseException:
-                self.served, self.failed = before
-                raise
-            for result in results:
-                name = result.adapter.manifest.name
-                if result.loaded:
-                    self.served[name] = Served(result.loaded)
-                else:
-                    self.failed[name] = (result.adapter, result.error.message if result.error else "")
-            stale = {model.id for model in self.engine.snapshot.models if model.kind == "adapter"}
-            self.engine.put(*self.models, drop=stale)
-            return results
+        with self.lock, self.holders.only(replica):
+            return self.join() if self.holders.others(replica) else self.restore_first(adapters)
 
     # What these are made of.
+
+    def join(self) -> list[Restored]:
+        """Have a replica hold and prove what the others serve, versions of before included."""
+        for served in self.served.values():
+            for loaded in (served.latest, served.prev):
+                if loaded:
+                    require_unchanged(loaded.adapter, self.home)
+                    self.holders.load(loaded.engine_name, loaded.adapter.folder)
+                    self.prove_alone(loaded.adapter)
+        self.prove_together([served.latest.manifest for served in self.served.values()])
+        self.engine.put(*self.models)  # its context may be the shortest
+        return [Restored(served.latest.adapter, served.latest) for served in self.served.values()]
+
+    def restore_first(self, adapters: Sequence[Adapter] | None) -> list[Restored]:
+        """Load and verify where no other engine is ready; see `restore`."""
+        before = self.served, self.failed
+        wanted = list(adapters) if adapters is not None else self.known()
+        if adapters is not None:  # the engine was started for these
+            self.ends = engine_ends(self.base, [adapter.manifest for adapter in wanted])
+        self.served, self.failed = {}, {}
+        try:
+            results = self.keep_apart([self.restore_one(adapter) for adapter in wanted])
+            if adapters is not None and all(result.loaded for result in results):
+                self.catalog.begin(self.base, wanted)
+        except BaseException:
+            self.served, self.failed = before
+            raise
+        for result in results:
+            name = result.adapter.manifest.name
+            if result.loaded:
+                self.served[name] = Served(result.loaded)
+            else:
+                self.failed[name] = (result.adapter, result.error.message if result.error else "")
+        stale = {model.id for model in self.engine.snapshot.models if model.kind == "adapter"}
+        self.engine.put(*self.models, drop=stale)
+        return results
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -215,20 +232,14 @@ class Live:
                     f"this endpoint serves {self.merged.name} merged into its base, and takes no other adapters.",
                     "start it without --merge",
                 )
-            if phase is not Phase.READY or self.slots is None:
+            if phase is not Phase.READY or not self.holders.members:
                 raise EngineError(f"the engine is {phase}: it takes no changes now.", "try again when it is ready")
             self.is_changing = True
             try:
                 yield
             finally:
                 self.is_changing = False
-
-    @property
-    def slots_now(self) -> Slots:
-        """The slots of the engine that runs."""
-        if self.slots is None:
-            raise EngineError("there is no engine yet.", "connect to it first")
-        return self.slots
+                self.on_changed()  # also after a failure: what is no longer right is dropped
 
     @property
     def context(self) -> int:
@@ -263,14 +274,14 @@ class Live:
                 loaded = self.prove(adapter)
                 self.catalog.put(self.base, adapter)
             except BaseException as error:
-                self.slots_now.unload(called)
+                self.holders.unload(called)
                 self.look_after(error)
                 raise
         old = [each for each in (before.latest, before.prev) if each and each.engine_name != called] if before else []
         self.failed.pop(name, None)
         self.put(Served(loaded, old[0] if old else None))
         for each in old[1:]:
-            self.retire(each)
+            self.holders.retire(each.engine_name)
         return loaded
 
     def check(self, adapter: Adapter) -> None:
@@ -281,27 +292,27 @@ class Live:
         check_fit(adapter, self.base, self.context, self.target_modules)
 
     def take(self, adapter: Adapter) -> None:
-        """Have the engine hold an adapter."""
+        """Have the engines hold an adapter."""
         name = engine_name(adapter)
-        if name in self.retired:  # its last requests are still being answered
-            self.retired.discard(name)
+        if name in self.holders.retired:  # its last requests are still being answered
+            self.holders.retired.discard(name)
         else:
             self.make_room()
-            self.slots_now.load(name, adapter.folder)
+        self.holders.load(name, adapter.folder)
 
     def make_room(self) -> None:
         """Where all slots are taken, give up versions of before, and wait for the last requests of those given up."""
         end = time.monotonic() + ROOM_S
-        while (room := self.slots_now.room) is not None and room <= 0:
+        while (room := self.holders.room) is not None and room <= 0:
             spared = next((served for served in self.served.values() if served.prev), None)
             if spared and spared.prev:
                 self.put(Served(spared.latest))
-                self.retire(spared.prev)
-            elif not self.retired or time.monotonic() > end:
+                self.holders.retire(spared.prev.engine_name)
+            elif not self.holders.retired or time.monotonic() > end:
                 return  # Slots.load says so
             else:
                 time.sleep(SWEEP_S / 4)
-                self.sweep()
+                self.holders.sweep()
 
     def prove(self, adapter: Adapter) -> Loaded:
         """Prove one adapter alone, then together with all that are served."""
@@ -312,12 +323,11 @@ class Live:
 
     def prove_alone(self, adapter: Adapter) -> Loaded:
         """Prove one adapter, as what it is."""
-        return prove(self.slots_now.client, adapter, self.base, self.base_name, serving_type(self.plan))
+        return self.holders.prove(adapter, self.base, self.base_name, serving_type(self.plan))
 
     def prove_together(self, manifests: list[Manifest]) -> None:
         """Base and adapters are asked at the same moment, and must keep apart."""
-        if manifests:
-            check_together(self.slots_now.client, self.base_name, manifests, serving_type(self.plan))
+        self.holders.prove_together(self.base_name, manifests, serving_type(self.plan))
 
     def prove_held(self, served: Served, adapter: Adapter) -> Loaded:
         """Prove a version again that may be asked now; where that fails, it may no longer."""
@@ -326,7 +336,7 @@ class Live:
         except VerificationError as error:
             if served.prev and served.prev.engine_name == engine_name(adapter):
                 self.put(Served(served.latest))
-                self.retire(served.prev)
+                self.holders.retire(served.prev.engine_name)
             else:
                 self.drop(adapter.manifest.name)
                 self.failed[adapter.manifest.name] = (adapter, error.message)
@@ -339,7 +349,7 @@ class Live:
         may ask for an adapter until the engine was started again.
         """
         manifests = [served.latest.manifest for served in self.served.values()]
-        if not isinstance(error, VerificationError) or not self.slots_now.keeps_last_empty or not manifests:
+        if not isinstance(error, VerificationError) or not self.holders.keeps_last_empty or not manifests:
             return
         try:
             self.prove_together(manifests)
@@ -357,7 +367,7 @@ class Live:
             self.take(adapter)
             return Restored(adapter, self.prove_alone(adapter))
         except (AdapterError, UsageError, ResourceError, VerificationError) as error:
-            self.slots_now.unload(engine_name(adapter))
+            self.holders.unload(engine_name(adapter))
             return Restored(adapter, error=error)
 
     def keep_apart(self, results: list[Restored]) -> list[Restored]:
@@ -366,7 +376,7 @@ class Live:
             self.prove_together([result.loaded.manifest for result in results if result.loaded])
         except VerificationError as error:
             for result in results:
-                self.slots_now.unload(engine_name(result.adapter))
+                self.holders.unload(engine_name(result.adapter))
             return [Restored(result.adapter, error=result.error or error) for result in results]
         return results
 
@@ -381,31 +391,9 @@ class Live:
         self.engine.put(drop=self.ids(name))
         for loaded in (served.latest, served.prev):
             if loaded:
-                self.retire(loaded)
+                self.holders.retire(loaded.engine_name)
 
     def ids(self, name: str) -> set[str]:
         """What the gateway knows of an adapter: its name, and those of its versions."""
         models = self.engine.snapshot.models
         return {model.id for model in models if model.kind == "adapter" and split_name(model.id)[0] == name}
-
-    def retire(self, loaded: Loaded) -> None:
-        """Unload a version as soon as the last request that was given it is answered."""
-        self.retired.add(loaded.engine_name)
-        self.sweep()
-        if self.retired:
-            threading.Thread(target=self.keep_sweeping, args=(self.slots,), name="adapters", daemon=True).start()
-
-    def sweep(self) -> None:
-        """Unload what was retired and is asked no more."""
-        for name in [name for name in self.retired if not self.in_flight(name)]:
-            self.retired.discard(name)
-            self.slots_now.unload(name)
-
-    def keep_sweeping(self, slots: Slots | None) -> None:
-        """Sweep until nothing is left to, or the engine is another."""
-        while True:
-            time.sleep(SWEEP_S)
-            with self.lock:
-                if self.slots is not slots or not self.retired:
-                    return
-                self.sweep()

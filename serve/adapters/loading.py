@@ -23,12 +23,14 @@ from typing import Any
 
 import httpx
 
-from loraport.clients.errors import AdapterError, EndpointError, ResourceError
+from loraport.clients.errors import AdapterError, EndpointError, ResourceError, os_errors
 from loraport.clients.home import Home, write_json
 from loraport.serve.adapters import weights
+from loraport.serve.engine.connect import no_answer
 from loraport.train.adapters import CONFIG, WEIGHTS
 
 LOAD_S = 600.0  # weights of a large adapter from a slow disk
+TOUCH_S = 300.0  # behind the requests of users that wait for their turn
 GUARD = "loraport-zeros"
 
 
@@ -91,7 +93,7 @@ class Slots:
     def touch(self, name: str) -> None:
         """Ask a model for a token, so that it is not the one that was asked least recently."""
         body = {"model": name, "prompt": [1], "max_tokens": 1, "temperature": 0}
-        answer = self.post("/v1/completions", body, 120)
+        answer = self.post("/v1/completions", body, TOUCH_S)
         if answer.status_code != 200:
             raise EndpointError(f"the engine answered {answer.status_code} for {name}: {words_of(answer)}.", "")
 
@@ -100,9 +102,7 @@ class Slots:
         try:
             return self.client.post(path, json=body, timeout=wait_s)
         except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: the client was closed, the engine is gone
-            raise EndpointError(
-                f"the engine did not answer {path}: {type(error).__name__}.", "is it starting again? its log says why"
-            ) from error
+            raise no_answer(path, error, wait_s) from error
 
 
 def words_of(answer: httpx.Response) -> str:
@@ -134,5 +134,6 @@ def make_zeros(home: Home, like: Path) -> Path:
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + 4 * prod(shape)]}
         end += 4 * prod(shape)
     text = json.dumps(header).encode()
-    (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
+    with os_errors("writing", folder / WEIGHTS):
+        (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
     return folder

@@ -26,9 +26,12 @@ from loraport.clients.errors import (
     VerificationError,
 )
 from loraport.clients.home import Home
+from loraport.clients.terminal import say
 
 ADMIN_KEY = "LORAPORT_ADMIN_KEY"
-CHANGE_S = 900.0  # a large adapter from a slow disk, then its replies on a slow CPU
+CHANGE_S = 1800.0  # a large adapter from a slow disk, then its replies on a slow CPU, behind the requests of users
+CONNECT_S = 5.0
+GOES_ON = "the endpoint goes on with it; `loraport adapters list` shows what comes of it"
 LOOK_S = 5.0
 KINDS: dict[str, type[LoraportError]] = {
     "wrong_usage": UsageError,
@@ -54,9 +57,17 @@ def send(
 
     key = (record.admin_key if record else None) or os.environ.get(ADMIN_KEY, "").strip()
     headers = {"authorization": f"Bearer {key}"} if key else {}
+    root, timeout = url.rstrip("/").removesuffix("/v1"), httpx.Timeout(wait_s, connect=CONNECT_S)
     with endpoint_errors(url):
-        root = url.rstrip("/").removesuffix("/v1")
-        answer = httpx.request(method, root + path, json=body, headers=headers, timeout=wait_s, trust_env=False)
+        try:
+            answer = httpx.request(method, root + path, json=body, headers=headers, timeout=timeout, trust_env=False)
+        except httpx.ReadTimeout as error:
+            words = f"{url} is busy: it has not finished within {wait_s:.0f} s."
+            raise EndpointError(words, "" if method == "GET" else GOES_ON) from error
+        except KeyboardInterrupt:
+            if method != "GET":
+                say(f"stopped waiting; {GOES_ON}.")
+            raise
     try:
         document = answer.json()
     except ValueError:

@@ -1,8 +1,9 @@
 """Engines that a `kill -9` left behind: found by the next start, ended, and told about.
 
-Two traces lead to them. `run/<port>.engine`, written as soon as the guard runs, names guard and owner; everything the
-engine starts shares the guard's session, even when the guard is gone. And the environment of each process holds
-MARKER, where the process did not overwrite it with a new title (vLLM's engine process does).
+Two traces lead to them. `run/<port>.engine` (`<port>-1.engine` of the second replica), written as soon as the guard
+runs, names guard and owner; everything the engine starts shares the guard's session, even when the guard is gone. And
+the environment of each process holds MARKER, where the process did not overwrite it with a new title (vLLM's engine
+process does).
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import psutil
 
 from loraport.clients.endpoint import is_alive
 from loraport.clients.home import Home, write_json
+from loraport.serve.engine.connect import files_name
 
 MARKER = "LORAPORT_ENGINE"
 GRACE_S = 2.0
@@ -28,10 +30,11 @@ class EngineTrace:
     port: int
     owner: tuple[int, float]
     guard: tuple[int, float]
+    replica: int = 0
 
     def path(self, home: Home) -> Path:
         """Where the trace lies."""
-        return home.run / f"{self.port}.engine"
+        return home.run / f"{files_name(self.port, self.replica)}.engine"
 
     def write(self, home: Home) -> None:
         """Leave the trace."""
@@ -40,14 +43,15 @@ class EngineTrace:
 
 
 def read_traces(home: Home) -> list[EngineTrace]:
-    """All traces; unreadable ones are as good as none."""
+    """All traces, by port and replica; unreadable ones are as good as none."""
     traces = []
     for path in home.run.glob("*.engine") if home.run.is_dir() else ():
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
             found = json.loads(path.read_text(encoding="utf-8"))
             owner, guard = found["owner"], found["guard"]
-            traces.append(EngineTrace(found["port"], (owner[0], owner[1]), (guard[0], guard[1])))
-    return traces
+            replica = int(found.get("replica", 0))
+            traces.append(EngineTrace(found["port"], (owner[0], owner[1]), (guard[0], guard[1]), replica))
+    return sorted(traces, key=lambda trace: (trace.port, trace.replica))
 
 
 def marker(home: Home, owner: tuple[int, float]) -> str:

@@ -22,6 +22,7 @@ from loraport.clients.errors import os_errors
 from loraport.clients.hardware import Device
 from loraport.clients.home import Home
 from loraport.serve.engine import versions
+from loraport.serve.engine.connect import files_name
 from loraport.serve.engine.family import Family
 from loraport.serve.engine.leftovers import MARKER, EngineTrace, marker, session_of
 from loraport.serve.engine.leftovers import end as end_processes
@@ -56,6 +57,14 @@ class Launch:
     family: Family = field(default_factory=Family)  # parsers of thoughts and tool calls
     merged: Adapter | None = None  # what the base's weights hold already
     more: tuple[str, ...] = ()  # flags of the user's, after all of ours
+    replica: int = 0  # which of how many engines behind the port
+    replicas: int = 1
+    gpus: tuple[str, ...] = ()  # those of this replica, by index or UUID; without, the engine sees what we see
+
+    @property
+    def name(self) -> str:
+        """What people are told of it."""
+        return f"replica {self.replica}" if self.replicas > 1 else "the engine"
 
 
 def arguments(launch: Launch) -> list[str]:
@@ -112,6 +121,8 @@ def environment(launch: Launch, home: Home, owner: tuple[int, float]) -> dict[st
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # nobody but us reaches its socket
         MARKER: marker(home, owner),
     }
+    if launch.gpus:
+        ours["CUDA_VISIBLE_DEVICES"] = ",".join(launch.gpus)
     # The gateway asks for keys. One in the environment would lock it out, and 0.25 writes it into its cache folder.
     kept = {key: value for key, value in os.environ.items() if key != "VLLM_API_KEY"}
     return device_arguments(launch)[1] | kept | ours
@@ -126,7 +137,7 @@ class Engine:
     def __init__(self, launch: Launch, home: Home) -> None:
         owner = process_identity(os.getpid())
         self.home, self.socket = home, launch.socket
-        self.log_path, self.log = open_log(home, launch.port)
+        self.log_path, self.log = open_log(home, files_name(launch.port, launch.replica))
         self.lines: queue.SimpleQueue[tuple[float, str] | None] = queue.SimpleQueue()
         self.last: deque[str] = deque(maxlen=LAST_LINES)
         self.started = self.heard = time.monotonic()
@@ -148,7 +159,7 @@ class Engine:
                     errors="replace",
                 )
             self.identity = process_identity(self.guard.pid)
-            self.trace = EngineTrace(launch.port, owner, self.identity)
+            self.trace = EngineTrace(launch.port, owner, self.identity, launch.replica)
             self.trace.write(home)
         except BaseException:  # a full disk, say: the guard sees the closed pipe and ends the engine
             os.close(self.pipe)
@@ -197,12 +208,19 @@ class Engine:
         self.drain.join(1)
 
 
-def open_log(home: Home, port: int) -> tuple[Path, IO[str]]:
+def open_log(home: Home, name: str) -> tuple[Path, IO[str]]:
     """A new log file that only its owner can read: engines may log what users wrote. The oldest ones are removed."""
     folder = home.ensure(home.logs)
-    old = sorted(folder.glob("serve-*.log"), key=lambda path: path.stat().st_mtime)[: -LOGS_KEPT + 1]
-    for path in old:
-        path.unlink(missing_ok=True)
-    path = folder / f"serve-{time.strftime('%Y%m%d-%H%M%S')}-{port}-{os.getpid()}.log"
+    with contextlib.suppress(OSError):  # of what cannot be removed the next start is told nothing either
+        for old in sorted(folder.glob("serve-*.log"), key=modified)[: -LOGS_KEPT + 1]:
+            old.unlink(missing_ok=True)
+    path = folder / f"serve-{time.strftime('%Y%m%d-%H%M%S')}-{name}-{os.getpid()}.log"
     with os_errors("writing", path):
         return path, os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w", encoding="utf-8")
+
+
+def modified(path: Path) -> float:
+    """When a file was changed last; 0 where another `loraport serve` has just removed it."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0

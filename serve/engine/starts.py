@@ -1,6 +1,6 @@
 """What is remembered of each start of an engine: its phases, how it ended, and so how long the next one will take.
 
-One JSON file a start, in `starts/` of the home; the oldest go.
+One JSON file a start of an engine, in `starts/` of the home; the oldest go.
 
     >>> expected_seconds(home, "reader-9m on Xeon, LoRA rank 16")
     41.8
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from loraport.clients.home import Home, write_json
+from loraport.clients.redact import hide_secrets
+from loraport.serve.engine.connect import files_name
 
 KEPT = 200
 LOOKED_AT = 5  # of the last starts of the same kind
@@ -34,6 +36,7 @@ class Start:
     vllm: str
     command: list[str]
     is_restart: bool
+    replica: int = 0
     began: float = field(default_factory=time.time)
     phases: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
@@ -46,8 +49,9 @@ class Start:
         folder = home.ensure(home.root / "starts")
         for old in sorted(folder.glob("*.json"))[: -KEPT + 1]:
             old.unlink(missing_ok=True)
-        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(self.began))
-        write_json(folder / f"{stamp}-{self.began % 1 * 1000:03.0f}-{self.port}.json", asdict(self))
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(self.began)) + f"-{self.began % 1 * 1000:03.0f}"
+        document = asdict(self) | {"command": hide_secrets(self.command)}
+        write_json(folder / f"{stamp}-{files_name(self.port, self.replica)}.json", document, is_private=True)
 
 
 def read_starts(home: Home) -> list[dict[str, Any]]:

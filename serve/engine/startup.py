@@ -2,8 +2,8 @@
 
 Ready means that /health answers 200 and that every model is listed. vLLM lists all of them from its first answer on:
 an engine that is healthy and does not is the wrong one, and waiting would not end. The engine's own lines say which
-phase it is in (versions.py); a terminal shows one live line, anything else gets a line for each phase that took a
-second.
+phase it is in (clients/engine_phases.py); a terminal shows one live line, anything else gets a line for each phase that
+took a second.
 """
 
 import contextlib
@@ -12,12 +12,13 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 
 import httpx
 from rich.status import Status
 
+from loraport.clients.engine_phases import Timeline
 from loraport.clients.errors import EngineError
+from loraport.clients.redact import hide_in_text
 from loraport.clients.terminal import console, say
 from loraport.serve.engine import versions
 from loraport.serve.engine.process import Engine
@@ -41,49 +42,18 @@ NOISE = re.compile(
 )
 
 
-@dataclass
-class Timeline:
-    """Seconds by phase. Phases only move forward; a phase that the engine does not name adds to the one before."""
-
-    current: int = 0
-    begun: float = 0.0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def phase(self) -> str:
-        """Name of the phase that the engine is in."""
-        return versions.PHASES[self.current][0]
-
-    def see(self, at: float, line: str) -> bool:
-        """Take a log line, `at` seconds after the start; return whether it began another phase."""
-        index = versions.phase_of(line)
-        if index is None or index <= self.current:
-            return False
-        self.finish(at)
-        self.current = index
-        return True
-
-    def finish(self, at: float) -> None:
-        """End the current phase."""
-        self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + at - self.begun
-        self.begun = at
-
-    def see_end(self, name: str, at: float) -> None:
-        """Add a phase that is not the engine's own, from the last end until `at`."""
-        self.seconds[name] = at - self.begun
-        self.begun = at
-
-
-def wait_ready(engine: Engine, client: httpx.Client, models: list[str], timeline: Timeline, tell: Tell) -> None:
+def wait_ready(
+    engine: Engine, client: httpx.Client, models: list[str], timeline: Timeline, tell: Tell, is_shown: bool = True
+) -> None:
     """Wait until the engine answers with all `models`; EngineError when it dies (with its last words) or never will.
 
-    `timeline` is filled; `tell` hears of each phase as it begins.
+    `timeline` is filled; `tell` hears of each phase as it begins; people see it if `is_shown`.
     """
     told = ""
     healthy_since: float | None = None
-    with live_line() as status:
+    with live_line() if is_shown else nullcontext() as status:
         while True:
-            read_lines(engine, timeline, lambda name, spent: report_phase(status, name, spent))
+            read_lines(engine, timeline, lambda name, spent: report_phase(status, name, spent) if is_shown else None)
             if timeline.phase != told:
                 told = timeline.phase
                 tell(told, time.monotonic() - engine.started)
@@ -105,7 +75,8 @@ def wait_ready(engine: Engine, client: httpx.Client, models: list[str], timeline
                 healthy_since = healthy_since or time.monotonic()
                 if time.monotonic() - healthy_since > LISTING_S:
                     raise never_ready(engine, models, answer)
-    read_lines(engine, timeline, lambda name, spent: report_phase(None, name, spent) if status is None else None)
+    is_told = is_shown and status is None
+    read_lines(engine, timeline, lambda name, spent: report_phase(None, name, spent) if is_told else None)
     timeline.finish(time.monotonic() - engine.started)
 
 
@@ -191,7 +162,7 @@ def explain_death(engine: Engine, when: str) -> EngineError:
 
 def last_words(lines: list[str]) -> list[str]:
     """The lines that tell why an engine ended: its exceptions, then its last lines; no tracebacks, no noise."""
-    plain = [PREFIX.sub("", line).rstrip() for line in lines]
+    plain = [hide_in_text(PREFIX.sub("", line)).rstrip() for line in lines]
     telling = [line for line in plain if not NOISE.search(line)]
     exceptions = [line for line in telling if EXCEPTION.match(line)]
     chosen = list(dict.fromkeys(exceptions))[-4:] or list(dict.fromkeys(telling))[-SHOWN_LINES:]

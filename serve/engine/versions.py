@@ -1,5 +1,6 @@
-"""Every difference between the versions of vLLM that Loraport runs, 0.25 to 0.32: flags, log lines, failures.
+"""Every difference between the versions of vLLM that Loraport runs, 0.25 to 0.32: flags, and what failures say.
 
+What the log says of a start that goes well is in clients/engine_phases.py, which the benchmarks read too.
 tests/test_serve_versions.py holds sample lines of each version for each pattern.
 """
 
@@ -10,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+from loraport.clients.redact import hide_in_text
 
 Version = tuple[int, int]
 ASSUMED: Version = (0, 25)  # of an engine that does not tell: the oldest, which has the fewest features
@@ -89,33 +92,6 @@ def one_process_arguments(version: Version, cores: int) -> tuple[list[str], dict
     threads = str(max(1, cores - 1))
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
     return ["--distributed-executor-backend", "uni"], environment
-
-
-# The lines that begin a phase of the start, in order. A version may lack a line: then its time falls to the phase
-# before. Nothing is logged during imports.
-PHASES: tuple[tuple[str, str], ...] = (
-    ("imports", r""),
-    ("configuration", r"version \d+\.\d+\S*\s*$|vLLM API server version|non-default args"),
-    ("engine process", r"Resolved architecture"),
-    ("worker", r"Initializing a V1 LLM engine"),
-    ("weights", r"Starting to load model"),
-    ("LoRA slots", r"Loading weights took"),
-    ("compilation", r"Model loading took|Start compiling|Dynamo bytecode transform time"),
-    ("profiling", r"torch\.compile took"),
-    ("KV cache", r"Initial profiling/warmup run took|Available KV cache memory|CPU KV cache size"),
-    ("graph capture", r"GPU KV cache size|Capturing CUDA graph"),
-    ("warm-up", r"Graph capturing finished"),
-    ("front end", r"init engine .* took|Supported[ _]tasks|Starting vLLM (?:API )?server"),
-)
-PATTERNS = tuple((name, re.compile(pattern)) for name, pattern in PHASES if pattern)
-
-
-def phase_of(line: str) -> int | None:
-    """Index in PHASES of the phase that a log line begins, if it begins one."""
-    for index, (_, pattern) in enumerate(PATTERNS, start=1):
-        if pattern.search(line):
-            return index
-    return None
 
 
 @dataclass(frozen=True)
@@ -214,7 +190,7 @@ def named_context(lines: list[str]) -> int | None:
 
 def explain(lines: list[str]) -> Failure | None:
     """The known failure that these log lines show, its words filled in; the first of FAILURES that matches wins."""
-    text = "\n".join(lines)
+    text = hide_in_text("\n".join(lines))
     for failure in FAILURES:
         found = re.search(failure.pattern, text, re.MULTILINE)
         if found:

@@ -33,7 +33,8 @@ from loraport.serve.gateway.access import require_admin
 from loraport.serve.gateway.calls import MARK
 from loraport.serve.gateway.forward import Gateway
 from loraport.serve.gateway.models import card
-from loraport.serve.gateway.refusals import Refusal, bad_request
+from loraport.serve.gateway.refusals import Refusal, bad_request, not_ready
+from loraport.serve.gateway.state import RETRY_S, Phase
 
 Body = TypeVar("Body", bound=BaseModel)
 Result = TypeVar("Result")
@@ -128,14 +129,25 @@ def admin_only(gateway: Gateway) -> Any:
 
 
 def held_by(request: Request) -> Adapters:
-    """Who holds the adapters; Refusal 501 where nobody does."""
+    """Who holds the adapters; Refusal 503 where nobody does yet, 501 where nobody ever will."""
     gateway: Gateway = request.app.state.gateway
     if gateway.adapters is None:
+        if gateway.engine.snapshot.phase is not Phase.READY:
+            raise not_ready(gateway.engine.snapshot)
         raise Refusal(501, "no_adapters", "This endpoint cannot change its adapters while it runs.")
     return gateway.adapters
 
 
+def changed_by(request: Request) -> Adapters:
+    """The same for a change, which waits for an engine that is ready: Refusal 503 until then."""
+    adapters, snapshot = held_by(request), request.app.state.gateway.engine.snapshot
+    if snapshot.phase is not Phase.READY:
+        raise not_ready(snapshot)
+    return adapters
+
+
 Held = Annotated[Adapters, Depends(held_by)]
+Changed = Annotated[Adapters, Depends(changed_by)]
 
 
 async def parsed(request: Request, kind: type[Body]) -> Body:
@@ -156,20 +168,20 @@ def adapter_routes() -> APIRouter:
         return {"adapters": await aside(adapters.listing)}
 
     @router.post("/adapters")
-    async def load(request: Request, adapters: Held) -> dict[str, Any]:
+    async def load(request: Request, adapters: Changed) -> dict[str, Any]:
         wanted = await parsed(request, Load)
         return await changed(adapters, lambda: adapters.load(wanted.reference, wanted.name))
 
     @router.post("/adapters/{name}/rollback")
-    async def rollback(name: str, adapters: Held) -> dict[str, Any]:
+    async def rollback(name: str, adapters: Changed) -> dict[str, Any]:
         return await changed(adapters, lambda: adapters.rollback(name))
 
     @router.post("/adapters/{name}/verify")
-    async def verify(name: str, adapters: Held) -> dict[str, Any]:
+    async def verify(name: str, adapters: Changed) -> dict[str, Any]:
         return await changed(adapters, lambda: adapters.verify(name))
 
     @router.delete("/adapters/{name}")
-    async def unload(name: str, adapters: Held) -> dict[str, Any]:
+    async def unload(name: str, adapters: Changed) -> dict[str, Any]:
         await aside(lambda: adapters.unload(name))
         return {"unloaded": name}
 
@@ -181,13 +193,13 @@ def vllm_routes() -> APIRouter:
     router = APIRouter(prefix="/v1")
 
     @router.post("/load_lora_adapter")
-    async def load(request: Request, adapters: Held) -> PlainTextResponse:
+    async def load(request: Request, adapters: Changed) -> PlainTextResponse:
         wanted = await parsed(request, VllmLoad)
         await aside(lambda: adapters.load(wanted.lora_path, wanted.lora_name))
         return PlainTextResponse(f"Success: LoRA adapter '{wanted.lora_name}' added successfully.")
 
     @router.post("/unload_lora_adapter")
-    async def unload(request: Request, adapters: Held) -> PlainTextResponse:
+    async def unload(request: Request, adapters: Changed) -> PlainTextResponse:
         name = (await parsed(request, VllmUnload)).lora_name
         await aside(lambda: adapters.unload(name))
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
@@ -201,7 +213,10 @@ async def aside(work: Callable[[], Result]) -> Result:
         return await asyncio.to_thread(work)
     except LoraportError as error:
         status, code = next((status, code) for kind, status, code in STATUSES if isinstance(error, kind))
-        raise Refusal(status, code, error.message, hint=error.hint, details=list(error.details)) from error
+        headers = {"Retry-After": str(RETRY_S)} if status == 503 else None
+        raise Refusal(
+            status, code, error.message, headers=headers, hint=error.hint, details=list(error.details)
+        ) from error
 
 
 async def changed(adapters: Adapters, change: Callable[[], Named]) -> dict[str, Any]:
@@ -219,6 +234,10 @@ def engine_document(gateway: Gateway) -> dict[str, Any]:
         "reason": engine.reason,
         "seconds": round(time.monotonic() - engine.since, 1),
         "expected_s": engine.left_s(),
+        "is_overdue": engine.is_overdue,
         "running": len(gateway.running),
         "models": [card(model) for model in engine.models],
+        "replicas": [
+            {"phase": each.phase, "reason": each.reason, "expected_s": each.left_s()} for each in engine.replicas
+        ],
     }

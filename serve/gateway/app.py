@@ -1,4 +1,4 @@
-"""The gateway as an ASGI application: an allow-list of routes between clients and one engine.
+"""The gateway as an ASGI application: an allow-list of routes between clients and the engines.
 
     POST  /v1/chat/completions /v1/completions /v1/responses /v1/messages /v1/messages/count_tokens
           /v1/embeddings /tokenize /detokenize              to the engine          forward.py
@@ -35,7 +35,7 @@ from loraport.serve.gateway.limits import Limits
 from loraport.serve.gateway.metrics import CONTENT_TYPE, Metrics
 from loraport.serve.gateway.refusals import Refusal, no_route, not_ready
 from loraport.serve.gateway.settings import GatewaySettings
-from loraport.serve.gateway.state import EngineState, Phase, Snapshot
+from loraport.serve.gateway.state import EngineState, Phase, Snapshot, Target
 from loraport.serve.gateway.upstream import Upstream
 from loraport.serve.gateway.usage import Usage
 
@@ -146,23 +146,32 @@ class Own:
         return snapshot
 
     async def health(self, request: Request) -> Response:
-        """GET /health: 200 when the engine says so itself; without a key, for load balancers."""
+        """GET /health: 200 when an engine says so itself; without a key, for load balancers."""
         request.scope[MARK].route = "/health"
-        self.ready()
-        async with self.gateway.upstream.ask("GET", "/health", None, {}, PROBE_S) as response:
-            status = response.status
-        if status != 200:
-            raise Refusal(503, "engine_unhealthy", f"The engine says of itself: {status}.", phase="ready")
+        statuses = [status for status, _ in (await self.ask_all(self.ready(), "/health", {})).values()]
+        if not statuses:
+            raise not_ready(self.gateway.engine.snapshot)
+        if 200 not in statuses:
+            raise Refusal(503, "engine_unhealthy", f"The engine says of itself: {statuses[0]}.", phase="ready")
         return JSONResponse({"status": "ok", "phase": "ready"})
 
     async def metrics(self, request: Request) -> Response:
-        """GET /metrics: the gateway's figures, then the engine's where it is up."""
+        """GET /metrics: the gateway's figures, then those of the engines that are up."""
         request.scope[MARK].route = "/metrics"
         access.may_see_metrics(request.scope, self.gateway.ring, self.gateway.settings)
-        engines = b""
-        if self.gateway.engine.snapshot.phase is Phase.READY:
+        snapshot = self.gateway.engine.snapshot
+        answers = await self.ask_all(snapshot, "/metrics", {"accept": "text/plain"})
+        engines = {number: page for number, (status, page) in answers.items() if status == 200}
+        page = await asyncio.to_thread(self.gateway.metrics.page, engines, len(snapshot.replicas) > 1)
+        return Response(page, media_type=None, headers={"content-type": CONTENT_TYPE})
+
+    async def ask_all(self, snapshot: Snapshot, path: str, headers: dict[str, str]) -> dict[int, tuple[int, bytes]]:
+        """(status, body) of a question to each engine that is ready, by its number; without those that are silent."""
+
+        async def ask(number: int, target: Target) -> tuple[int, tuple[int, bytes]] | None:
             with contextlib.suppress(Refusal):
-                headers = {"accept": "text/plain"}
-                async with self.gateway.upstream.ask("GET", "/metrics", None, headers, PROBE_S) as response:
-                    engines = await response.read() if response.status == 200 else b""
-        return Response(self.gateway.metrics.page(engines), media_type=None, headers={"content-type": CONTENT_TYPE})
+                async with self.gateway.upstream.ask("GET", path, None, headers, PROBE_S, target) as response:
+                    return number, (response.status, await response.read())
+            return None
+
+        return dict(filter(None, await asyncio.gather(*(ask(*known) for known in snapshot.ready.items()))))

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from loraport.clients.errors import ConfigError, LoraportError, UsageError, os_errors
+from loraport.clients.home import write_json
 
 PREFIX = "lp-"
 RANDOM_BYTES = 32
@@ -87,24 +88,9 @@ def changing(path: Path) -> Iterator[list[Key]]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             keys = read(path)
             yield keys
-            write_private(path, {"keys": [asdict(key) for key in keys]})
+            write_json(path, {"keys": [asdict(key) for key in keys]}, is_private=True)
         finally:
             os.close(lock)
-
-
-def write_private(path: Path, document: Any) -> None:
-    """Write JSON with mode 0600, so that a reader sees the old text or the new."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    with os_errors("writing", path):
-        try:
-            handle = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def create(

@@ -1,12 +1,18 @@
-"""Figures for Prometheus: the gateway's own, in a registry of its own, in front of the engine's page.
+"""Figures for Prometheus: the gateway's own, in a registry of its own, in front of the engines' pages.
 
-Labels come from bounded sets: routes of the allow-list, models and keys that exist.
+Labels come from bounded sets: routes of the allow-list, models and keys that exist. The page of a single engine is
+passed on as it is; those of replicas become one, each figure with a label that says whose it is.
 """
 
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from loraport.serve.gateway.calls import Call
 from loraport.serve.gateway.state import EngineState, Phase
@@ -16,8 +22,31 @@ FIRST_BYTE_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60,
 
 
 def is_in(engine: EngineState, phase: Phase) -> float:
-    """1 while the engine is in that phase, else 0."""
+    """1 while the endpoint is in that phase, else 0."""
     return float(engine.snapshot.phase is phase)
+
+
+def is_ready(engine: EngineState, replica: int) -> float:
+    """1 while that replica takes requests, else 0."""
+    return float(replica in engine.snapshot.ready)
+
+
+class Merged(Collector):
+    """Pages of several engines as one: each family once, each sample labelled with its replica."""
+
+    def __init__(self, pages: Mapping[int, bytes]) -> None:
+        self.pages = pages
+
+    def collect(self) -> Iterable[Metric]:
+        """The families, as prometheus_client prints them."""
+        families: dict[str, Metric] = {}
+        for number, page in self.pages.items():
+            label = {"replica": str(number)}
+            with suppress(ValueError):  # the rest of a page that nobody can read
+                for family in text_string_to_metric_families(page.decode("utf-8", "replace")):
+                    known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                    known.samples += [each._replace(labels=each.labels | label) for each in family.samples]
+        return families.values()
 
 
 class Metrics:
@@ -37,6 +66,10 @@ class Metrics:
         self.phase = Gauge(f"{name}engine_phase", "1 for the phase of the engine.", ["phase"], registry=made)
         for phase in Phase:
             self.phase.labels(phase).set_function(partial(is_in, engine, phase))
+        if len(engine.snapshot.replicas) > 1:
+            self.up = Gauge(f"{name}replica_ready", "1 while it takes requests.", ["replica"], registry=made)
+            for number in range(len(engine.snapshot.replicas)):
+                self.up.labels(str(number)).set_function(partial(is_ready, engine, number))
 
     def count(self, call: Call) -> None:
         """Add a request that is over."""
@@ -49,6 +82,7 @@ class Metrics:
             self.tokens.labels(call.key, "prompt").inc(call.tokens.prompt)
             self.tokens.labels(call.key, "completion").inc(call.tokens.completion)
 
-    def page(self, engines: bytes) -> bytes:
-        """Both pages as one."""
-        return bytes(generate_latest(self.registry)) + engines
+    def page(self, engines: Mapping[int, bytes], are_many: bool = False) -> bytes:
+        """The gateway's page and those of the engines, by their numbers, as one."""
+        own = bytes(generate_latest(self.registry))
+        return own + (bytes(generate_latest(Merged(engines))) if are_many else b"".join(engines.values()))

@@ -61,7 +61,7 @@ def not_ready(engine: Snapshot) -> Refusal:
     """503 with the phase, what is known of it, and when to come back."""
     left = engine.left_s()
     words = f"The engine is {engine.phase}" + (f": {engine.reason.rstrip('.')}" if engine.reason else "")
-    when = f"; about {left} s left." if left else "."
+    when = f"; about {left} s left." if left else "; it takes longer than usual." if engine.is_overdue else "."
     if engine.phase is Phase.READY:
         words, when = "The engine does not answer; it may have just died", "."
     return Refusal(

@@ -1,6 +1,7 @@
-"""What the gateway knows of its engine: phase, address and models, told by whoever runs the engine, from any thread.
+"""What the gateway knows of its engines: phase, address and models, told by whoever runs them, from any thread.
 
-A reader takes one `Snapshot`, which never changes; a writer replaces it. Nothing is asked of the engine here.
+An endpoint has one engine or several replicas, which serve the same models. A reader takes one `Snapshot`, which never
+changes; a writer replaces it. Nothing is asked of an engine here.
 
     >>> engine = EngineState()
     >>> engine.begin(Phase.STARTING, "loading weights", expected_s=20)
@@ -20,7 +21,7 @@ from typing import Any, Literal
 
 
 class Phase(StrEnum):
-    """What the engine is doing; only READY takes requests."""
+    """What an engine is doing; only READY takes requests."""
 
     STARTING = "starting"
     LOADING = "loading"
@@ -32,6 +33,11 @@ class Phase(StrEnum):
     DOWN = "down"
 
 
+# How near to its first request an engine is: that nearest says the phase of all.
+NEAREST = (
+    *(Phase.READY, Phase.DRAINING, Phase.VERIFYING, Phase.COMPILING, Phase.LOADING, Phase.STARTING),
+    *(Phase.RESTARTING, Phase.DOWN),
+)
 RETRY_S = 5  # where nobody knows how long it takes
 
 
@@ -69,21 +75,68 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """The engine at one moment. `since` and `expected_s` count on the monotonic clock."""
+class Replica:
+    """One engine at one moment. `since` and `expected_s` count on the monotonic clock."""
 
     phase: Phase = Phase.STARTING
     reason: str = ""
     since: float = field(default_factory=time.monotonic)
     expected_s: float | None = None
     target: Target = Target()
-    models: tuple[Model, ...] = ()
 
     def left_s(self, now: float | None = None) -> int | None:
-        """Whole seconds until the phase should be over, at least 1; None when nobody knows."""
+        """Whole seconds until the phase should be over; None when nobody knows, or it should be over by now."""
         if self.expected_s is None:
             return None
-        return max(1, ceil(self.since + self.expected_s - (time.monotonic() if now is None else now)))
+        left = ceil(self.since + self.expected_s - (time.monotonic() if now is None else now))
+        return left if left > 0 else None
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether the phase takes longer than it usually does."""
+        return self.expected_s is not None and self.left_s() is None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The engines at one moment, and the models that each of them answers for while it is ready."""
+
+    replicas: tuple[Replica, ...] = field(default_factory=lambda: (Replica(),))
+    models: tuple[Model, ...] = ()
+
+    @property
+    def best(self) -> Replica:
+        """The engine that is ready, or will be first. What it says, the endpoint says."""
+        return min(self.replicas, key=lambda replica: NEAREST.index(replica.phase))
+
+    @property
+    def phase(self) -> Phase:
+        """READY while at least one engine is."""
+        return self.best.phase
+
+    @property
+    def reason(self) -> str:
+        """In words; empty where there is nothing to say."""
+        return self.best.reason
+
+    @property
+    def since(self) -> float:
+        """When that phase began."""
+        return self.best.since
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether that phase takes longer than it usually does."""
+        return self.best.is_overdue
+
+    def left_s(self, now: float | None = None) -> int | None:
+        """Whole seconds until that phase should be over; None when nobody knows, or it should be over by now."""
+        return self.best.left_s(now)
+
+    @property
+    def ready(self) -> dict[int, Target]:
+        """The engines that take requests, by their numbers."""
+        return {number: each.target for number, each in enumerate(self.replicas) if each.phase is Phase.READY}
 
     def find(self, name: str) -> Model | None:
         """The model of that id or alias."""
@@ -98,28 +151,51 @@ def closest(name: str, known: Sequence[str]) -> str | None:
 class EngineState:
     """The changing side: one writer at a time, any number of readers."""
 
-    def __init__(self, snapshot: Snapshot | None = None) -> None:
+    def __init__(self, replicas: int = 1) -> None:
         self._lock = threading.Lock()
-        self._snapshot = snapshot or Snapshot()
+        self._snapshot = Snapshot((Replica(),) * replicas)
 
     @property
     def snapshot(self) -> Snapshot:
-        """The engine as it is now."""
+        """The engines as they are now."""
         return self._snapshot
 
-    def begin(self, phase: Phase, reason: str = "", expected_s: float | None = None) -> None:
-        """Enter a phase; `reason` in words, `expected_s` until the engine should be ready."""
-        with self._lock:
-            now = time.monotonic()
-            self._snapshot = replace(self._snapshot, phase=phase, reason=reason, since=now, expected_s=expected_s)
+    def begin(
+        self, phase: Phase, reason: str = "", expected_s: float | None = None, replica: int | None = None
+    ) -> None:
+        """Enter a phase, with one replica or with all; `reason` in words, `expected_s` until it should be ready.
 
-    def ready(self, models: Sequence[Model], base_url: str | None = None, uds: str | None = None) -> None:
-        """Take requests for `models` from now on, at `base_url` or where the engine was before."""
+        After DRAINING nothing changes: what engines that still start have to say is of no use to anybody.
+        """
         with self._lock:
-            target = self._snapshot.target
+            self._enter(replica, phase=phase, reason=reason, expected_s=expected_s)
+
+    def ready(
+        self,
+        models: Sequence[Model] | None = None,
+        base_url: str | None = None,
+        uds: str | None = None,
+        replica: int = 0,
+    ) -> None:
+        """Take requests with this replica from now on, at `base_url` or where it was before.
+
+        For `models` and no others; without, for those that were put.
+        """
+        with self._lock:
+            target = self._snapshot.replicas[replica].target
             if base_url or uds:
                 target = Target((base_url or "http://engine").removesuffix("/").removesuffix("/v1"), uds)
-            self._snapshot = Snapshot(Phase.READY, target=target, models=tuple(models))
+            if models is not None:
+                self._snapshot = replace(self._snapshot, models=tuple(models))
+            self._enter(replica, phase=Phase.READY, reason="", expected_s=None, target=target)
+
+    def _enter(self, replica: int | None, **fields: Any) -> None:
+        """Change one replica or all, but none that is draining."""
+        replicas = list(self._snapshot.replicas)
+        for number, known in enumerate(replicas):
+            if replica in (None, number) and known.phase is not Phase.DRAINING:
+                replicas[number] = replace(known, since=time.monotonic(), **fields)
+        self._snapshot = replace(self._snapshot, replicas=tuple(replicas))
 
     def put(self, *models: Model, drop: Collection[str] = ()) -> None:
         """Add models or replace those of the same ids, and forget those of `drop`, all from one request to the next.

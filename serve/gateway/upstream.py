@@ -1,4 +1,7 @@
-"""The way to the engine: one pool of connections, raw bytes both ways, every end of it turned into words.
+"""The way to the engines: pools of connections, raw bytes both ways, every end of it turned into words.
+
+A request goes to the replica that has the fewest, one after the other where several have as few. One that cannot be
+reached at all is passed over; what a replica has begun is never asked of another, which it might bring down as well.
 
 aiohttp carries it: beside httpx on the fake engine it took 19 µs of CPU a chunk against 61, and 1.1 ms to the first
 byte against 2.7 (two cores). Nothing queues here (no limit on connections): the engine schedules. Idle connections are
@@ -6,9 +9,11 @@ dropped before vLLM drops them (5 s), so that no request meets one that is just 
 """
 
 import asyncio
+import json
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -36,6 +41,8 @@ class Upstream:
     def __init__(self, engine: EngineState, settings: GatewaySettings) -> None:
         self.engine, self.settings = engine, settings
         self.sessions: dict[str | None, aiohttp.ClientSession] = {}
+        self.in_flight: Counter[Target] = Counter()
+        self.last = 0  # the replica that was asked last
 
     def session(self, target: Target) -> aiohttp.ClientSession:
         """The session to a target."""
@@ -60,35 +67,53 @@ class Upstream:
         for session in self.sessions.values():
             await session.close()
 
+    def targets(self) -> list[Target]:
+        """The replicas that are ready, the one to ask first; at the same number of requests they take turns."""
+        ready = self.engine.snapshot.ready
+        turns = sorted(ready, key=lambda number: (self.in_flight[ready[number]], number <= self.last, number))
+        self.last = turns[0] if turns else self.last
+        return [ready[number] for number in turns]
+
     @asynccontextmanager
     async def ask(
-        self, method: str, path: str, body: bytes | None, headers: dict[str, str], read_s: float
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        headers: dict[str, str],
+        read_s: float,
+        target: Target | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The engine's answer, its body not yet read. Refusal 503 or 504 where there is none, or where it breaks."""
-        target = self.engine.snapshot.target
+        """The answer of a replica, or of that one, its body not yet read.
+
+        Refusal 503 or 504 where there is none, or where it breaks.
+        """
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self.settings.connect_s, sock_read=read_s)
-        try:
-            async with self.session(target).request(
-                method, target.base_url + path, data=body, headers=headers, timeout=timeout, allow_redirects=False
-            ) as response:
-                yield response
-        except (aiohttp.ConnectionTimeoutError, aiohttp.ClientConnectorError) as error:
-            raise not_ready(self.engine.snapshot) from error
-        except TimeoutError as error:
-            raise too_slow(read_s) from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise broken(self.engine.snapshot) from error
+        for chosen in [target] if target else self.targets():
+            self.in_flight[chosen] += 1
+            try:
+                async with self.session(chosen).request(
+                    method, chosen.base_url + path, data=body, headers=headers, timeout=timeout, allow_redirects=False
+                ) as response:
+                    yield response
+                return
+            except (aiohttp.ConnectionTimeoutError, aiohttp.ClientConnectorError):
+                continue  # it has seen nothing of the request
+            except TimeoutError as error:
+                raise too_slow(read_s) from error
+            except (aiohttp.ClientError, OSError) as error:
+                raise broken(self.engine.snapshot) from error
+            finally:
+                self.in_flight[chosen] -= 1
+        raise not_ready(self.engine.snapshot)
 
     async def ask_json(self, path: str, document: dict[str, Any], wait_s: float) -> dict[str, Any] | None:
         """A small answer as JSON; None for any other end of it."""
+        headers, body = {"content-type": "application/json"}, json.dumps(document).encode()
         with suppress(Exception):
-            headers = {"content-type": "application/json"}
-            async with asyncio.timeout(wait_s):
-                session = self.session(self.engine.snapshot.target)
-                url = self.engine.snapshot.target.base_url + path
-                async with session.post(url, json=document, headers=headers) as response:
-                    found = await response.json() if response.status == 200 else None
-                    return found if isinstance(found, dict) else None
+            async with asyncio.timeout(wait_s), self.ask("POST", path, body, headers, wait_s) as response:
+                found = json.loads(await response.read()) if response.status == 200 else None
+                return found if isinstance(found, dict) else None
         return None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loraport.clients.errors import LoraportError
-from loraport.serve.gateway.keys import write_private
+from loraport.clients.home import write_json
 
 TAIL_BYTES = 8 << 10  # of a reply, which hold its usage
 # A quote that is escaped stands inside a text of the reply.
@@ -98,7 +98,7 @@ class Usage:
         try:
             if self.path is not None:
                 self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                write_private(self.path, document)
+                write_json(self.path, document, is_private=True)
         except (LoraportError, OSError):
             self.is_written = False
 

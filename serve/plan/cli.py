@@ -13,9 +13,10 @@ from loraport.serve.checks import open_adapters
 from loraport.serve.engine.versions import cpu_memory_arguments, engine_version, spare_slots
 from loraport.serve.plan.choose import plan, require_shape
 from loraport.serve.plan.gpus import named_device
-from loraport.serve.plan.hardware import read_device
+from loraport.serve.plan.hardware import count_replicas, read_device
 from loraport.serve.plan.on_gpu import DoesNotFit
 from loraport.serve.plan.report import Report, as_json, say_report
+from loraport.serve.plan.settings import Wanted, for_one
 from loraport.serve.plan.wish import (
     Concurrency,
     Context,
@@ -24,6 +25,7 @@ from loraport.serve.plan.wish import (
     MaxLoraRank,
     MaxLoras,
     Quantization,
+    Replicas,
     Requests,
     Share,
     TensorParallel,
@@ -49,7 +51,7 @@ def plan_serve(
         str | None, typer.Option(help="GPU to plan for, such as H200, A100, 4090 or T4. Default: the one here.")
     ] = None,
     tensor_parallel: TensorParallel = 1,
-    replicas: Annotated[int, typer.Option(min=1, help="Copies of the engine, each on GPUs of its own.")] = 1,
+    replicas: Replicas = "1",
     context: Context = None,
     gpu_memory_utilization: Share = None,
     max_num_seqs: Requests = None,
@@ -67,26 +69,27 @@ def plan_serve(
         gpu_memory_utilization,
         max_num_seqs,
         dtype,
-        -(-concurrency // replicas) if concurrency else None,
+        concurrency,
         quantization,
         kv_cache_dtype,
         max_loras,
         max_lora_rank,
         tensor_parallel,
+        replicas,
     )
     version = engine_version([], is_ours=True)
     opened = open_adapters(Home.default(), adapters or [], version)
     name, config, file_bytes = find_config(model, revision, opened)
     shape = require_shape(config, file_bytes, f"the config.json of {name}")
-    device = find_device(gpu_memory, gpu_name, tensor_parallel * replicas)
+    device, count = find_device(gpu_memory, gpu_name, wanted)
     try:
         manifests = [adapter.manifest for adapter in opened]
-        made = plan(wanted, shape, manifests, device, spare_slots(version, device.kind))
+        made = plan(for_one(wanted, count), shape, manifests, device, spare_slots(version, device.kind))
         more = cpu_memory_arguments(version, made.kv_bytes)[0] if made.kv_bytes else []
-        tell(Report(name, shape, device, made, concurrency, tensor_parallel, replicas, tuple(more)), json)
+        tell(Report(name, shape, device, made, concurrency, tensor_parallel, count, tuple(more)), json)
     except ResourceError as error:
         refused = error if isinstance(error, DoesNotFit) else DoesNotFit(error.message, error.hint, (), ())
-        tell(Report(name, shape, device, refused, concurrency, tensor_parallel, replicas), json)
+        tell(Report(name, shape, device, refused, concurrency, tensor_parallel, count), json)
         raise
 
 
@@ -98,9 +101,14 @@ def tell(report: Report, json: bool) -> None:
         say_report(report)
 
 
-def find_device(gpu_memory: float | None, gpu_name: str | None, gpus: int) -> Device:
-    """The GPU that is asked about, else the one here, of which there must be so many; else the CPU."""
-    return named_device(gpu_memory, gpu_name) if gpu_memory or gpu_name else read_device(gpus)
+def find_device(gpu_memory: float | None, gpu_name: str | None, wanted: Wanted) -> tuple[Device, int]:
+    """(what each replica has, how many there are): the GPU that is asked about, or those here; else the CPU."""
+    if not (gpu_memory or gpu_name):
+        count = count_replicas(wanted)
+        return read_device(wanted.tensor_parallel, count), count
+    if wanted.replicas is None:
+        raise UsageError("--replicas auto counts the GPUs here, and another one is asked about.", "give their number")
+    return named_device(gpu_memory, gpu_name), wanted.replicas
 
 
 def find_config(model: str | None, revision: str | None, adapters: list[Adapter]) -> tuple[str, dict[str, Any], int]:

@@ -24,4 +24,6 @@ def vllm_args(plan: Plan) -> list[str]:
         flags += ["--tensor-parallel-size", str(plan.tensor_parallel)]
     if plan.slots:
         flags += ["--enable-lora", "--max-loras", str(plan.slots), "--max-lora-rank", str(plan.rank)]
+    if plan.targets:
+        flags += ["--lora-target-modules", *plan.targets]
     return flags

@@ -19,9 +19,10 @@ BLOCK = 16  # tokens of a page of the KV cache on a GPU
 FIXED, PER_LAYER = 460 * MIB, 4 * MIB
 # NCCL's buffers and vLLM's own all-reduce, on each of several GPUs; not measured.
 PER_SHARED_GPU = 640 * MIB
-# Bytes that the sampler holds for a logit at once: 16-bit logits, and in float32 logits, probabilities, random numbers
-# (vllm/v1/sample, warmed up with max_num_seqs rows in `_dummy_sampler_run`).
-SAMPLER_BYTES = 2 + 4 + 4 + 4
+# Bytes that the sampler holds for a logit at once: 16-bit logits, and in float32 four times as many
+# (vllm/v1/sample, warmed up with max_num_seqs rows in `_dummy_sampler_run`). Measured on an H200 with 256 rows: 18.3
+# and 18.5 for 128,256 and 151,936 logits (docs/benchmarks/2026-11-22-h200-serving, llama-3.2-1b and qwen3-1.7b).
+SAMPLER_BYTES = 19
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Setup:
     requests: int
     batched_tokens: int
     tensor_parallel: int = 1
+    targets: tuple[str, ...] = ()  # linears that have LoRA slots; without, all that can
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Memory:
 def divide(shape: Shape, setup: Setup) -> Memory:
     """The memory of each GPU by part."""
     weights = shape.weights(setup.quantization, setup.each) // setup.tensor_parallel
-    slots = setup.slots * shape.lora_bytes_per_slot(setup.rank, setup.each, setup.tensor_parallel) if setup.slots else 0
+    slot = shape.lora_bytes_per_slot(setup.rank, setup.each, setup.tensor_parallel, setup.targets)
+    slots = setup.slots * slot
     activations = peak_activations(shape, setup)
     fixed = FIXED + shape.layers * PER_LAYER + (PER_SHARED_GPU if setup.tensor_parallel > 1 else 0)
     taken = int(setup.total * setup.share)

@@ -13,6 +13,7 @@ from loraport.serve.plan.settings import (
     choose_dtype,
     choose_requests,
     choose_slots,
+    choose_targets,
     context_warnings,
     describe_adapters,
     gib,
@@ -39,7 +40,8 @@ def plan_cpu(wanted: Wanted, shape: Shape, adapters: list[Manifest], device: Dev
     dtype, requests = choose_dtype(wanted, shape, adapters, device), choose_requests(wanted, device)
     rank, slots = choose_slots(wanted, adapters, spare_slots)
     each = BYTES[dtype.value]
-    slot_bytes = slots * shape.lora_bytes_per_slot(rank, each)
+    targets = choose_targets(shape, adapters)
+    slot_bytes = slots * shape.lora_bytes_per_slot(rank, each, targets=targets)
     share = wanted.share or SHARE
     weights = shape.weights("none", each)
     budget = memory_budget(weights, slot_bytes, share, device)
@@ -55,15 +57,17 @@ def plan_cpu(wanted: Wanted, shape: Shape, adapters: list[Manifest], device: Dev
         f"{kv_tokens / tokens:.0f} requests of full length; {gib(weights)} of weights, "
         f"{gib(device.free)} of memory free",
     )
+    described = describe_adapters(rank, slots, targets, slot_bytes, adapters, spare_slots)
     return Plan(
         context=tokens,
         requests=int(requests.value),
         slots=slots,
         rank=rank,
+        targets=targets,
         dtype=dtype.value,
         kv_bytes=kv_bytes,
         share=None,
-        choices=(context, cache, requests, dtype, *describe_adapters(rank, slots, slot_bytes, adapters, spare_slots)),
+        choices=(context, cache, requests, dtype, *described),
         warnings=(*context_warnings(tokens, shape), *(f"note: {each}" for each in shape.doubts)),
         quantization=shape.stored.method if shape.stored else "none",
         is_stored=shape.stored is not None,

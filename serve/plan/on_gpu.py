@@ -16,6 +16,7 @@ from loraport.serve.plan.settings import (
     choose_dtype,
     choose_requests,
     choose_slots,
+    choose_targets,
     context_warnings,
     describe_adapters,
     gib,
@@ -72,6 +73,7 @@ def ask(wanted: Wanted, shape: Shape, adapters: list[Manifest], device: Device) 
         requests=int(requests.value),
         batched_tokens=batched_tokens(device),
         tensor_parallel=wanted.tensor_parallel,
+        targets=choose_targets(shape, adapters),
     )
     question = Question(
         setup=setup,
@@ -107,12 +109,13 @@ def describe(
         requests=setup.requests,
         slots=setup.slots,
         rank=setup.rank,
+        targets=setup.targets,
         dtype=dtype.value,
         kv_bytes=None,
         share=setup.share,
         choices=(
             *(weights, context, describe_gpu(setup, device, chosen), kv_choice(wanted, chosen), requests, dtype),
-            *describe_adapters(setup.rank, setup.slots, chosen.memory.lora_slots, adapters, 0),
+            *describe_adapters(setup.rank, setup.slots, setup.targets, chosen.memory.lora_slots, adapters, 0),
         ),
         warnings=(*context_warnings(chosen.context, shape), *doubts(chosen, shape, device)),
         quantization=chosen.quantization,

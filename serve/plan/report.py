@@ -56,7 +56,10 @@ class Report:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The document of --json. Sizes in bytes on each GPU; a plan's keys are null where nothing fits."""
+    """The document of --json. Sizes in bytes on each GPU; a plan's keys are null where nothing fits.
+
+    `requests_of_full_length` are those of all replicas together; cache, context, memory and flags are those of each.
+    """
     made, found = report.plan, report.found
     failed = found if isinstance(found, DoesNotFit) else None
     return {
@@ -66,8 +69,8 @@ def as_json(report: Report) -> dict[str, Any]:
             "name": report.device.name,
             "kind": report.device.kind,
             "tensor_parallel": report.tensor_parallel,
-            "replicas": report.replicas,
         },
+        "replicas": report.replicas,
         "fits": made is not None,
         "verdict": failed.message if failed else verdict(report),
         "quantization": made and made.quantization,
@@ -75,7 +78,8 @@ def as_json(report: Report) -> dict[str, Any]:
         "dtype": made and made.dtype,
         "max_model_len": made and made.context,
         "kv_cache_tokens": made and made.kv_tokens,
-        "requests_of_full_length": made and requests_that_fit(made.kv_tokens, made.context) * report.replicas,
+        "requests_of_full_length": made and full_requests(made) * report.replicas,
+        "requests_of_full_length_each": made and full_requests(made),
         "gpu_memory_utilization": made and made.share,
         "max_num_seqs": made and made.requests,
         "max_loras": made and made.slots,
@@ -105,6 +109,11 @@ def describe_variant(report: Report, variant: Variant) -> dict[str, Any]:
     }
 
 
+def full_requests(made: Plan) -> int:
+    """Requests of full length at once on one replica."""
+    return requests_that_fit(made.kv_tokens, made.context)
+
+
 def shared(report: Report, variant: Variant) -> int:
     """Context of each request where several of a replica share the cache."""
     return min(report.limit, variant.tokens // per_replica(report))
@@ -119,7 +128,9 @@ def say_report(report: Report) -> None:
     """The same for people; the verdict last, unless it is an error's to say."""
     made = report.plan
     count = report.tensor_parallel * report.replicas
-    where = f"{count} x {report.device.name}" if count > 1 else report.device.name
+    is_cpu = report.device.kind == "cpu"
+    many = f"{report.replicas} replicas on " if is_cpu and count > 1 else f"{count} x " if count > 1 else ""
+    where = f"{many}{report.device.name}"
     size = report.shape.parameters
     counted = f"{size / 1e9:.2f}B" if size >= 10**8 else f"{size / 1e6:.1f}M"
     say(f"{report.model}  {counted} parameters, on {where}", "bold")
@@ -147,7 +158,8 @@ def say_parts(report: Report, made: Plan) -> None:
     """The table of parts."""
     from rich.table import Table
 
-    title = "memory of each GPU" if report.tensor_parallel * report.replicas > 1 else "memory"
+    each = "GPU" if report.device.kind == "cuda" else "replica"
+    title = f"memory of each {each}" if report.tensor_parallel * report.replicas > 1 else "memory"
     table = Table(title, "GiB", box=None, pad_edge=False)
     table.columns[1].justify = "right"
     for name, size in made.memory.items():
@@ -164,6 +176,8 @@ def say_variants(report: Report) -> None:
     asked = next((each.context for each in report.found.variants if each.context), report.limit)
     context = made.context if made else asked
     numbers = ("tokens", "one request", f"each of {per_replica(report)}", f"requests of {context:,}")
+    if report.replicas > 1:
+        say(f"each of {report.replicas} replicas:")
     table = Table("  weights", "KV", *numbers, "", box=None, pad_edge=False)
     for column in table.columns[2:6]:
         column.justify = "right"
@@ -190,8 +204,8 @@ def verdict(report: Report) -> str:
     """The plan in a sentence."""
     made = report.plan
     assert made is not None
-    full = requests_that_fit(made.kv_tokens, made.context) * report.replicas
-    spread = f" on {report.replicas} replicas" if report.replicas > 1 else ""
+    full = full_requests(made) * report.replicas
+    spread = f", {full_requests(made)} on each of {report.replicas} replicas" if report.replicas > 1 else ""
     many = f"{full} requests of that length" if full != 1 else "one request of that length"
     weights = "32-bit" if (made.quantization, made.dtype) == ("none", "float32") else name_weights(made.quantization)
     cache = ", an FP8 KV cache" if made.kv_cache_dtype == "fp8" else ""

@@ -5,11 +5,11 @@ The plan itself: choose.py, with on_gpu.py and on_cpu.py. What a model takes: sh
     >>> Wanted(context=40_960, concurrency=8, max_loras=4)
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from loraport.clients.errors import UsageError
 from loraport.clients.hardware import Device
-from loraport.serve.plan.shape import BYTES, GIB, MIB, Shape
+from loraport.serve.plan.shape import BYTES, GIB, LINEARS, MIB, Shape
 from loraport.serve.plan.variants import Variant
 from loraport.train.config import VLLM_RANKS
 from loraport.train.manifest import Manifest
@@ -25,7 +25,8 @@ QUANTIZATIONS, KV_DTYPES = ("auto", "none", "fp8", "bnb"), ("auto", "fp8")
 class Wanted:
     """What the user asked for; None: choose. `share`: --gpu-memory-utilization, of RAM on a CPU.
 
-    `concurrency`: requests of full length at once; `requests`: --max-num-seqs.
+    `concurrency`: requests of full length at once, on all replicas together; `requests`: --max-num-seqs of each.
+    `replicas` None: as many as there are GPUs for.
     """
 
     context: int | None = None
@@ -38,6 +39,12 @@ class Wanted:
     max_loras: int | None = None
     max_lora_rank: int | None = None
     tensor_parallel: int = 1
+    replicas: int | None = 1
+
+
+def for_one(wanted: Wanted, replicas: int) -> Wanted:
+    """What one of several replicas must hold: its part of the requests, and all else as wished."""
+    return replace(wanted, concurrency=-(-wanted.concurrency // replicas) if wanted.concurrency else None)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class Choice:
 class Plan:
     """What the engine is told. `kv_bytes` is set on a CPU, `share` on a GPU; `variants` are those of a GPU.
 
+    `targets`: the linears that LoRA slots are made for; without, all that vLLM can make some for.
     `is_auto`: vLLM is to find the longest context itself; `context` is then what it will find at least.
     """
 
@@ -73,6 +81,7 @@ class Plan:
     memory: dict[str, int] = field(default_factory=dict)
     chosen: Variant | None = None
     variants: tuple[Variant, ...] = ()
+    targets: tuple[str, ...] = ()
     is_stored: bool = False  # the weights are quantised in their files already
 
     @property
@@ -121,6 +130,17 @@ def choose_slots(wanted: Wanted, adapters: list[Manifest], spare: int) -> tuple[
     return rank, max(slots, len(adapters)) + 1 + spare if spare else slots
 
 
+def choose_targets(shape: Shape, adapters: list[Manifest]) -> tuple[str, ...]:
+    """The linears that adapters use: vLLM computes LoRA for each that has slots, embedding and head included.
+
+    None where it cannot be said so: without adapters, of experts (whose linears vLLM knows by other names), and of
+    adapters on linears with unusual names.
+    """
+    used = {name.rpartition(".")[2] for manifest in adapters for name in manifest.target_modules}
+    is_usual = shape.experts == 1 and used <= set().union(*LINEARS.values())
+    return tuple(sorted(used)) if is_usual else ()
+
+
 def choose_requests(wanted: Wanted, device: Device) -> Choice:
     """How many requests are worked on at once; more wait."""
     if wanted.requests:
@@ -129,11 +149,14 @@ def choose_requests(wanted: Wanted, device: Device) -> Choice:
     if (wanted.concurrency or 0) > usual:
         return Choice("requests at once", str(wanted.concurrency), "as wished")
     if device.kind == "cpu":
-        return Choice("requests at once", str(CPU_REQUESTS), f"{device.cores} cores gain nothing from more")
+        cores = "1 core gains" if device.cores == 1 else f"{device.cores} cores gain"
+        return Choice("requests at once", str(CPU_REQUESTS), f"{cores} nothing from more")
     return Choice("requests at once", str(GPU_REQUESTS), "vLLM's default; what does not fit the cache waits")
 
 
-def describe_adapters(rank: int, slots: int, slot_bytes: int, adapters: list[Manifest], spare: int) -> list[Choice]:
+def describe_adapters(
+    rank: int, slots: int, targets: tuple[str, ...], slot_bytes: int, adapters: list[Manifest], spare: int
+) -> list[Choice]:
     """The LoRA choice in words, and what the adapters' chat template is told, if anything."""
     if not slots:
         return [Choice("LoRA", "off", "no adapter was named")]
@@ -142,10 +165,11 @@ def describe_adapters(rank: int, slots: int, slot_bytes: int, adapters: list[Man
             Choice("LoRA", f"{slots} slot{'s' if slots > 1 else ''} of rank {rank}", f"as given; {gib(slot_bytes)}")
         ]
     ranks = ", ".join(f"{manifest.name} rank {manifest.rank}" for manifest in adapters)
+    where = f"; on {', '.join(targets)} alone" if 0 < len(targets) < sum(map(len, LINEARS.values())) else ""
     mixed = "; one is for replacing, the last stays empty, because vLLM on a CPU mixes it into the base's requests"
     empty = mixed if spare else ""
     plural = "s" if slots > 1 else ""
-    lora = Choice("LoRA", f"{slots} slot{plural} of rank {rank}", f"{ranks}; {gib(slot_bytes)}{empty}")
+    lora = Choice("LoRA", f"{slots} slot{plural} of rank {rank}", f"{ranks}; {gib(slot_bytes)}{where}{empty}")
     told = [(manifest.name, describe_template(manifest.chat_template_kwargs)) for manifest in adapters]
     words = ", ".join(f"{switches} for {name}" for name, switches in told if switches)
     return [lora, Choice("chat template", words, "as in training")] if words else [lora]

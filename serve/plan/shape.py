@@ -8,6 +8,7 @@ Where weight files are there, their size counts instead. How much memory a GPU h
     (32762123264, 31)
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,13 @@ NORMED = ("qwen3", "qwen3_moe")  # a norm over each head of q and of k
 TIED = ("gemma", "gemma2", "gemma3", "gemma3_text")  # embedding and head are one where config.json does not say
 LAYERS, HIDDEN = ("num_hidden_layers", "n_layer"), ("hidden_size", "n_embd")
 HEADS, LATENT = ("num_attention_heads", "n_head"), ("kv_lora_rank", "qk_rope_head_dim")
+# Linears that vLLM computes as one, by the names that adapters give them.
+LINEARS = {
+    "qkv": frozenset(("q_proj", "k_proj", "v_proj")),
+    "o": frozenset(("o_proj",)),
+    "gate_up": frozenset(("gate_proj", "up_proj")),
+    "down": frozenset(("down_proj",)),
+}
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # Bytes of a linear's element. FP8 with one scale a tensor (vllm/model_executor/layers/quantization/fp8.py); NF4 with a
 # float32 scale for each 64 (bitsandbytes' blocksize; vLLM unpacks double quantisation when it loads).
@@ -95,8 +103,13 @@ class Shape:
         width = self.latent or 2 * max(1, self.kv_heads // tensor_parallel) * self.head_dim
         return self.layers * width * bytes_each
 
-    def lora_bytes_per_slot(self, rank: int, bytes_each: int, tensor_parallel: int = 1) -> int:
+    def lora_bytes_per_slot(
+        self, rank: int, bytes_each: int, tensor_parallel: int = 1, targets: Collection[str] = ()
+    ) -> int:
         """rank x bytes x sum of (in + out) over the linears that vLLM wraps, whatever the adapter's own rank.
+
+        With `targets` only linears of LINEARS, and whole groups of them: vLLM computes q, k and v as one, gate and up
+        too. Without, all of them, embedding and head.
 
         Of tensor-parallel linears A or B is cut, the other is whole; embedding and head are whole
         (vllm/lora/layers/column_parallel_linear.py, vocab_parallel_embedding.py, logits_processor.py).
@@ -104,11 +117,16 @@ class Shape:
         """
         cut = tensor_parallel
         q, kv = self.heads * self.head_dim, max(1, self.kv_heads // cut) * cut * self.head_dim
-        inner = self.intermediate
-        attention = (self.hidden + q // cut) + 2 * (self.hidden + kv // cut) + (q // cut + self.hidden)
-        mlp = (2 * (self.hidden + inner // cut) + (inner // cut + self.hidden)) * max(1, self.experts)
-        ends = 2 * (self.hidden + self.vocabulary)
-        return rank * bytes_each * (self.layers * (attention + mlp) + ends)
+        inner, experts = self.intermediate, max(1, self.experts)
+        group_sizes = {
+            "qkv": (self.hidden + q // cut) + 2 * (self.hidden + kv // cut),
+            "o": q // cut + self.hidden,
+            "gate_up": 2 * (self.hidden + inner // cut) * experts,
+            "down": (inner // cut + self.hidden) * experts,
+        }
+        of_layer = sum(size for name, size in group_sizes.items() if not targets or LINEARS[name] & set(targets))
+        ends = 0 if targets else 2 * (self.hidden + self.vocabulary)
+        return rank * bytes_each * (self.layers * of_layer + ends)
 
 
 def read_shape(config: dict[str, Any], file_bytes: int = 0) -> Shape | None:

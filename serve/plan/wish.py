@@ -31,6 +31,9 @@ MaxLoras = Annotated[
 ]
 MaxLoraRank = Annotated[int | None, typer.Option(min=1, help="Rank of the slots. [default: the adapters' largest]")]
 TensorParallel = Annotated[int, typer.Option(min=1, help="GPUs that share the model.")]
+Replicas = Annotated[
+    str, typer.Option(help="Copies of the engine, each on GPUs of its own: a number, or auto for all GPUs.")
+]
 
 
 def wish(
@@ -44,6 +47,7 @@ def wish(
     max_loras: int | None = None,
     max_lora_rank: int | None = None,
     tensor_parallel: int = 1,
+    replicas: str = "1",
 ) -> Wanted:
     """The flags as one object; UsageError for values that cannot be."""
     check_share(share)
@@ -62,6 +66,7 @@ def wish(
         max_loras,
         max_lora_rank,
         tensor_parallel,
+        parse_replicas(replicas),
     )
 
 
@@ -73,6 +78,17 @@ def parse_context(text: str | None) -> int | None:
     if not found:
         raise UsageError(f"--context {text} is not a number of tokens.", "for example --context 16384 or --context 16k")
     return int(found[1]) * (1024 if found[2] else 1)
+
+
+def parse_replicas(text: str) -> int | None:
+    """2 of `2`; None of `auto`; UsageError otherwise."""
+    if text.strip().lower() == "auto":
+        return None
+    if not re.fullmatch(r"[1-9][0-9]{0,2}", text.strip()):
+        raise UsageError(
+            f"--replicas {text} is not a number of engines.", "for example --replicas 2 or --replicas auto"
+        )
+    return int(text)
 
 
 def check_share(share: float | None) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import httpx
 
-from loraport.clients.errors import EndpointError, VerificationError
+from loraport.clients.errors import VerificationError
+from loraport.serve.engine.connect import no_answer
 from loraport.train.manifest import Golden, Manifest
 
 TIMEOUT_S = 60.0
@@ -44,7 +45,7 @@ def ask(client: httpx.Client, path: str, body: dict[str, Any]) -> httpx.Response
     try:
         return client.post(path, json=body, timeout=TIMEOUT_S)
     except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: the client was closed meanwhile
-        raise EndpointError(f"the engine did not answer {path}: {type(error).__name__} {error}.", "") from error
+        raise no_answer(path, error, TIMEOUT_S) from error
 
 
 def tokenize(client: httpx.Client, manifest: Manifest, golden: Golden) -> list[int] | None:

@@ -17,11 +17,12 @@ from typing import Any, Protocol
 import httpx
 
 from loraport.clients.errors import EndpointError, VerificationError
+from loraport.serve.engine.connect import no_answer
 from loraport.serve.proof.tolerance import Tolerance, tolerance_for
 from loraport.train.manifest import Golden, Manifest, Reply
 
 TOP = 5  # candidates that are asked for at each position: the expected token must be among them
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0  # an engine with many requests lets a new one wait for its turn
 COMPLETIONS = "/v1/completions"
 
 
@@ -118,8 +119,12 @@ class Replayer:
             if answer.status_code != 200:
                 raise EndpointError(f"the engine answered {answer.status_code} to a replay: {answer.text[:300]}.", "")
             return read_reply(answer.json()["choices"][0])
-        except (httpx.HTTPError, RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise EndpointError(f"the engine did not answer a replay: {type(error).__name__} {error}.", "") from error
+        except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: the client was closed meanwhile
+            raise no_answer(COMPLETIONS, error, TIMEOUT_S) from error
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise EndpointError(
+                f"the engine's answer to a replay cannot be read: {type(error).__name__} {error}.", ""
+            ) from error
 
 
 def read_reply(choice: dict[str, Any]) -> Served:

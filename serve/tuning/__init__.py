@@ -1,0 +1,1 @@
+"""Configurations of vLLM's LoRA kernels for the GPU at hand, found by trying and kept."""
