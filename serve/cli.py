@@ -39,6 +39,7 @@ OURS = {
     "enable-lora": "name the adapters before `--`",
     "no-enable-lora": "name no adapter: then LoRA is off",
     "lora-modules": "name the adapters before `--`",
+    "lora-target-modules": "name all adapters before `--`: what they use gets slots",
     "api-key": "make keys with `loraport keys create NAME`",
     "root-path": "let the proxy in front strip the path",
     "uds": "the engine has a socket of its own; the gateway listens on --host and --port",
@@ -92,6 +93,9 @@ def serve(
     merge: Annotated[
         str | None, typer.Option(help="Serve this adapter alone, merged into the weights: as fast as its base.")
     ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="First search for the fastest LoRA kernels on this GPU: some minutes, once.")
+    ] = False,
     origin: Annotated[
         list[str] | None, typer.Option(help="Web page that may ask from a browser, with a key; repeatable.")
     ] = None,
@@ -122,7 +126,9 @@ def serve(
         replicas,
     )
     run(
-        Request(adapters, model, host, port, wanted, engine_command, more, json, drain, merge, tuple(origin or ())),
+        Request(
+            adapters, model, host, port, wanted, engine_command, more, json, drain, merge, tuple(origin or ()), tune
+        ),
         Home.default(),
     )
 

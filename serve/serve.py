@@ -3,6 +3,7 @@
 check    port, keys, adapters, base, names, disk                 1-2 s, nothing started     checks.py
 open     the gateway takes the port: 503 with phase and time until the engine is ready     gateway/
 plan     context, memory, requests, slots; each with its reason                             plan/
+tune     LoRA kernels for this GPU, where that was asked for    some minutes, once          kernels.py, tuning/
 start    engines under their guards, on sockets of their own     20-60 s on two cores       fleet.py, engine/
 verify   adapters loaded, golden replies replayed, prompts       a second or two            adapters/, proof/
          compared, base and adapters asked at the same moment
@@ -24,7 +25,7 @@ from loraport.clients.errors import LoraportError, UsageError
 from loraport.clients.hardware import Device
 from loraport.clients.home import Home, require_disk, write_json
 from loraport.clients.terminal import console, print_json, say
-from loraport.serve import checks, report
+from loraport.serve import checks, kernels, report
 from loraport.serve.adapters import merge
 from loraport.serve.adapters.catalog import Catalog, open_whole
 from loraport.serve.adapters.live import Live
@@ -69,6 +70,7 @@ class Request:
     drain_s: float
     merge: str | None = None
     origins: tuple[str, ...] = ()
+    tune: bool = False
 
 
 def serve(request: Request, home: Home) -> None:
@@ -85,6 +87,7 @@ def serve(request: Request, home: Home) -> None:
             with open_gateway(request, home, state) as gateway:
                 launch = prepare(request, home)
                 say_plan(launch)
+                launch = kernels.find(launch, request.tune, home, state)
                 Service(spread(launch, home), request, home, state, gateway, began).run()
     except Stop:
         say("stopped.")
@@ -119,6 +122,8 @@ def prepare(request: Request, home: Home) -> Launch:
     slotted = [] if request.merge else adapters
     chosen = make_plan(wanted, base, slotted, device, versions.spare_slots(version, device.kind))
     require_packages(chosen, command, version, is_ours=request.engine_command is None)
+    if request.tune:
+        kernels.require_search(chosen, base, device, version, is_ours=request.engine_command is None)
     checks.check_golden_fit(adapters, chosen.context)
     names = checks.name_base(base, adapters)
     if request.merge:

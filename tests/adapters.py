@@ -1,5 +1,6 @@
 """A small real adapter for the tests: random A and B on a tiny base, with the replies that PEFT gives to it."""
 
+import re
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def write_manifest(
     from loraport.train.weights import read_safetensors_shapes
 
     weights = folder / WEIGHTS
-    parameters = sum(prod(shape) for shape in read_safetensors_shapes(weights, AdapterError).values())
+    shapes = read_safetensors_shapes(weights, AdapterError)
+    targets = {re.sub(r"\.lora_.*", "", name).rpartition(".")[2] for name in shapes}
     Manifest(
         name=name,
         version="v1",
@@ -59,8 +61,8 @@ def write_manifest(
         base_dtype="float32",
         rank=rank,
         alpha=2 * rank,
-        target_modules=TARGETS,
-        trainable_parameters=parameters,
+        target_modules=sorted(targets),
+        trainable_parameters=sum(map(prod, shapes.values())),
         adapter_bytes=weights.stat().st_size,
         max_lora_rank=max(8, rank),
         stop_tokens=[0, 2],

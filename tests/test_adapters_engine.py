@@ -4,7 +4,7 @@ import contextlib
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,18 @@ def make_version(home: Home, base: Path, number: int) -> None:
 
 
 @contextlib.contextmanager
-def running(home: Home, base: Base, rank: int = 8) -> Iterator[tuple[Live, httpx.Client, httpx.Client]]:
-    """(the adapters, a client of the gateway, one of the engine) with demo@v1 loaded and verified, up to `rank`."""
+def running(
+    home: Home, base: Base, rank: int = 8, others: Sequence[str] = ()
+) -> Iterator[tuple[Live, httpx.Client, httpx.Client]]:
+    """(the adapters, a client of the gateway, one of the engine) with demo@v1 loaded and verified, up to `rank`.
+
+    `others`: adapters that slots are made for too.
+    """
     version, device, port = versions.engine_version([], is_ours=True), read_device(), free_port()
     first = open_reference(home, "demo@v1", version)
     shape = require_shape(base.config, base.weight_bytes, base.folder / "config.json")
-    made = plan(Wanted(max_lora_rank=rank), shape, [first.manifest], device, versions.spare_slots(version, device.kind))
+    named = [first.manifest, *(open_reference(home, name, version).manifest for name in others)]
+    made = plan(Wanted(max_lora_rank=rank), shape, named, device, versions.spare_slots(version, device.kind))
     launch = Launch(DEFAULT_COMMAND, version, base, ("base",), (first,), made, device, port, socket_path(home, port))
     engine, state = Engine(launch, home), EngineState()
     app = create_app(state, GatewaySettings("127.0.0.1", 0))
@@ -141,7 +147,7 @@ def test_what_is_let_in_is_computed_as_peft_does_and_the_rest_is_refused(home: H
     make_version(home, tiny_base, 1)
     for name, lora in (FINE | REFUSED).items():
         make_tiny_adapter(home.root, tiny_base, name, **lora)
-    with running(home, resolve(str(tiny_base)), 16) as (live, _, direct):
+    with running(home, resolve(str(tiny_base)), 16, ["embedding"]) as (live, _, direct):
         for name in FINE:
             loaded = live.load(name)
             assert (name, loaded.verified.state, loaded.verified.telling) == (name, "verified", 3)

@@ -135,6 +135,17 @@ def adapter(home: Home, reference: str) -> Adapter:
     return open_reference(home, reference, V32)
 
 
+def test_an_adapter_on_linears_without_slots_is_refused(home: Home, base: Base) -> None:
+    write_version(home, base, "v1")
+    with bench(home, base, replace(PLAN, targets=("v_proj",))) as made:
+        with pytest.raises(AdapterError, match="has weights for q_proj, and this engine has no slots for them"):
+            made.live.load("demo")
+        assert made.loaded() == []
+    with bench(home, base, replace(PLAN, targets=("q_proj", "v_proj"))) as made:
+        made.live.load("demo")
+        assert made.loaded() == ["demo@v1"]
+
+
 def test_a_version_is_loaded_proven_and_named(home: Home, base: Base) -> None:
     write_version(home, base, "v1")
     with bench(home, base) as at:

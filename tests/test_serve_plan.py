@@ -1,6 +1,7 @@
 """Choices of the plan, from the numbers of real models; no engine, no GPU."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +15,13 @@ from loraport.serve.cli import check_engine_flags, check_port, split_arguments
 from loraport.serve.engine import versions
 from loraport.serve.plan import hardware
 from loraport.serve.plan.choose import plan
-from loraport.serve.plan.settings import ASSISTANT_CONTEXT, Plan, Wanted
+from loraport.serve.plan.flags import vllm_args
+from loraport.serve.plan.settings import ASSISTANT_CONTEXT, Plan, Wanted, choose_targets
 from loraport.serve.plan.shape import GIB, MIB, find, read_shape
 from loraport.serve.plan.wish import check_share, parse_context
 from loraport.train.manifest import BaseIdentity, DataCounts, Manifest
 
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LLAMA_8B = {
     "model_type": "llama",
     "hidden_size": 4096,
@@ -55,7 +58,7 @@ H100 = Device("cuda", "H100", 80 * GIB, 79 * GIB, 16)
 LAPTOP = Device("cpu", "CPU, 2 cores", 24 * GIB, 20 * GIB, 2)
 
 
-def manifest(rank: int, name: str = "demo", dtype: str = "float32") -> Manifest:
+def manifest(rank: int, name: str = "demo", dtype: str = "float32", targets: Sequence[str] = ()) -> Manifest:
     hashes = dict.fromkeys(("config_sha256", "tokenizer_sha256", "chat_template_sha256", "weights_sha256"), "")
     return Manifest(
         name=name,
@@ -66,7 +69,7 @@ def manifest(rank: int, name: str = "demo", dtype: str = "float32") -> Manifest:
         base_dtype=dtype,
         rank=rank,
         alpha=1,
-        target_modules=[],
+        target_modules=list(targets),
         trainable_parameters=1,
         adapter_bytes=1,
         max_lora_rank=max(8, rank),
@@ -92,6 +95,50 @@ def test_sizes_of_a_known_model() -> None:
     assert shape is not None
     assert shape.kv_bytes_per_token(2) == 128 * 1024
     assert shape.lora_bytes_per_slot(16, 2) / MIB == pytest.approx(88, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("targets", "wanted", "slots_for"),
+    [
+        ([["q_proj"], ["v_proj", "q_proj"]], {}, ("q_proj", "v_proj")),
+        ([["model.layers.0.self_attn.q_proj"]], {}, ("q_proj",)),
+        ([["q_proj"]], {"max_loras": 2}, tuple(sorted(ALL_LINEAR))),  # others are to be loaded later
+        ([["q_proj", "lm_head"]], {}, ()),
+        ([["c_attn"]], {}, ()),
+        ([[]], {}, ()),
+        ([], {"max_loras": 2}, ()),
+    ],
+)
+def test_slots_are_made_for_the_linears_that_adapters_use(
+    targets: list[list[str]], wanted: dict[str, int], slots_for: tuple[str, ...]
+) -> None:
+    shape = read_shape(LLAMA_8B, 0)
+    assert shape is not None
+    adapters = [manifest(16, f"a{at}", targets=names) for at, names in enumerate(targets)]
+    for device in (H100, replace(LAPTOP, free=64 * GIB, total=64 * GIB)):
+        made = plan(Wanted(context=2048, **wanted), shape, adapters, device)
+        assert made.targets == slots_for
+        assert made.memory["lora_slots"] == made.slots * shape.lora_bytes_per_slot(16, 2, targets=slots_for)
+        flags = vllm_args(made)
+        if slots_for:
+            begin = flags.index("--lora-target-modules") + 1
+            assert flags[begin : begin + len(slots_for)] == list(slots_for)
+        else:
+            assert "--lora-target-modules" not in flags
+
+
+def test_slots_are_made_for_whole_groups_of_linears() -> None:
+    shape = read_shape(LLAMA_8B, 0)
+    assert shape is not None
+    of_q, of_qkv = (shape.lora_bytes_per_slot(16, 2, targets=names) for names in (["q_proj"], ["q_proj", "k_proj"]))
+    assert of_q == of_qkv == 16 * 2 * 32 * (3 * 4096 + 4096 + 2 * 1024)
+    assert of_q < shape.lora_bytes_per_slot(16, 2, targets=ALL_LINEAR) < shape.lora_bytes_per_slot(16, 2)
+
+
+def test_experts_have_slots_for_all() -> None:
+    shape = read_shape(LLAMA_8B | {"num_local_experts": 8, "num_experts_per_tok": 2}, 0)
+    assert shape is not None
+    assert choose_targets(Wanted(), shape, [manifest(16, targets=["gate_proj"])]) == ()
 
 
 def test_nested_and_unusual_configurations() -> None:

@@ -33,7 +33,7 @@ QKV = Group("qkv", 4096, (4096, 1024, 1024))
 # Plays the search: a line that is not JSON, two calls, the file; fails where it is told so.
 SEARCH = """
 import json, pathlib, sys
-asked = json.load(sys.stdin)
+asked = json.loads(sys.argv[1])
 print("Triton says hello")
 for op in ("shrink", "expand"):
     print(json.dumps({"op": op, "group": "qkv", "tokens": 64, "own_us": 10.0, "us": 6.0, "config": {}}), flush=True)
@@ -124,6 +124,7 @@ def test_where_there_is_nothing_to_tune() -> None:
         tune.require_subject(None, CPU)
     with pytest.raises(UsageError, match="none are used"):
         tune.require_subject(None, H200)
+    tune.require_subject(tune.find_subject(planned(), shape, H200, "0.25.1"), H200)
 
 
 def test_what_is_found_is_kept(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

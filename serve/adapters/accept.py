@@ -10,7 +10,7 @@ count, not the configuration), `fan_in_fan_out` (how the base stores its weight:
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +138,10 @@ def needed_rank(config: dict[str, Any]) -> int:
     return next(allowed for allowed in VLLM_RANKS if allowed >= max(ranks_of(config)))
 
 
-def check_fits(folder: Path, name: str, base: Base, target_modules: Iterable[str] | None = None) -> None:
+def check_fits(folder: Path, name: str, base: Base, targets: Collection[str] = ()) -> None:
     """AdapterError where the weights are not made for `base`, or for modules that the engine was told to leave out.
 
-    `target_modules`: what the engine was limited to with --lora-target-modules; others it would drop in silence.
+    `targets`: what the engine has slots for, if not for all; others it would drop in silence.
     """
     pairs = weights.read_pairs(folder)
     misfits = weights.find_misfits(pairs, base) or weights.find_resized(folder, base)
@@ -150,7 +150,7 @@ def check_fits(folder: Path, name: str, base: Base, target_modules: Iterable[str
             f"the adapter {name} was made for another base than {base.folder}: it {misfits[0]}.",
             "serve it on the base that it was trained on: its adapter_config.json names it",
         )
-    dropped = sorted({pair.suffix for pair in pairs} - set(target_modules)) if target_modules else []
+    dropped = sorted({pair.suffix for pair in pairs} - set(targets)) if targets else []
     if dropped:
         raise AdapterError(
             f"the adapter {name} has weights for {', '.join(dropped)}, and this engine has no slots for them.",

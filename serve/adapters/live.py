@@ -16,7 +16,7 @@ All of it is for any thread; changes wait for each other. An adapter is in Engin
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,7 +69,7 @@ class Live:
 
     `in_flight`: requests that were given that name of the engine and are not answered yet. `on_spoiled`: told why where
     adapters work again only after the engine was started again. `on_changed`: called after each change that was asked
-    for. `target_modules`: what the engine was limited to with --lora-target-modules, if it was.
+    for.
     """
 
     def __init__(
@@ -85,10 +85,9 @@ class Live:
         on_spoiled: Callable[[str], None] = nothing,
         on_changed: Callable[[], None] = nothing,
         port: int = 8000,
-        target_modules: Collection[str] | None = None,
     ) -> None:
         self.engine, self.home, self.base, self.base_name = engine, home, base, base_name
-        self.plan, self.version, self.target_modules = plan, version, target_modules
+        self.plan, self.version = plan, version
         self.in_flight, self.on_spoiled, self.on_changed = in_flight, on_spoiled, on_changed
         self.catalog = Catalog(home, port)
         self.lock = threading.RLock()
@@ -289,7 +288,7 @@ class Live:
         bases = [model for model in self.engine.snapshot.models if model.kind == "base"]
         taken = {self.base_name, *(name for model in bases for name in (model.id, *model.aliases))}
         check_endpoint(adapter, self.plan, taken)
-        check_fit(adapter, self.base, self.context, self.target_modules)
+        check_fit(adapter, self.base, self.context, self.plan.targets)
 
     def take(self, adapter: Adapter) -> None:
         """Have the engines hold an adapter."""

@@ -85,13 +85,13 @@ def check_endpoint(adapter: Adapter, plan: Plan, taken: Collection[str]) -> None
         )
 
 
-def check_fit(adapter: Adapter, base: Base, context: int, target_modules: Collection[str] | None) -> None:
+def check_fit(adapter: Adapter, base: Base, context: int, targets: Collection[str]) -> None:
     """AdapterError where it is of another base or changes nothing; UsageError where the context rules it out."""
     if isinstance(adapter, ForeignAdapter):
         accept.check_changes(adapter.folder, adapter.manifest.name)
     else:
         checks.check_base(base, adapter)
-    accept.check_fits(adapter.folder, adapter.manifest.name, base, target_modules)
+    accept.check_fits(adapter.folder, adapter.manifest.name, base, targets)
     checks.check_golden_fit([adapter], context)
 
 

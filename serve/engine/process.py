@@ -59,6 +59,7 @@ class Launch:
     more: tuple[str, ...] = ()  # flags of the user's, after all of ours
     replica: int = 0  # which of how many engines behind the port
     replicas: int = 1
+    kernels: Path | None = None  # folder of tuned LoRA kernels
     gpus: tuple[str, ...] = ()  # those of this replica, by index or UUID; without, the engine sees what we see
 
     @property
@@ -121,6 +122,8 @@ def environment(launch: Launch, home: Home, owner: tuple[int, float]) -> dict[st
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # nobody but us reaches its socket
         MARKER: marker(home, owner),
     }
+    if launch.kernels:
+        ours["VLLM_TUNED_CONFIG_FOLDER"] = str(launch.kernels)
     if launch.gpus:
         ours["CUDA_VISIBLE_DEVICES"] = ",".join(launch.gpus)
     # The gateway asks for keys. One in the environment would lock it out, and 0.25 writes it into its cache folder.

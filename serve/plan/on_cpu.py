@@ -40,7 +40,7 @@ def plan_cpu(wanted: Wanted, shape: Shape, adapters: list[Manifest], device: Dev
     dtype, requests = choose_dtype(wanted, shape, adapters, device), choose_requests(wanted, device)
     rank, slots = choose_slots(wanted, adapters, spare_slots)
     each = BYTES[dtype.value]
-    targets = choose_targets(shape, adapters)
+    targets = choose_targets(wanted, shape, adapters)
     slot_bytes = slots * shape.lora_bytes_per_slot(rank, each, targets=targets)
     share = wanted.share or SHARE
     weights = shape.weights("none", each)

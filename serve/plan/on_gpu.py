@@ -73,7 +73,7 @@ def ask(wanted: Wanted, shape: Shape, adapters: list[Manifest], device: Device) 
         requests=int(requests.value),
         batched_tokens=batched_tokens(device),
         tensor_parallel=wanted.tensor_parallel,
-        targets=choose_targets(shape, adapters),
+        targets=choose_targets(wanted, shape, adapters),
     )
     question = Question(
         setup=setup,

@@ -130,15 +130,17 @@ def choose_slots(wanted: Wanted, adapters: list[Manifest], spare: int) -> tuple[
     return rank, max(slots, len(adapters)) + 1 + spare if spare else slots
 
 
-def choose_targets(shape: Shape, adapters: list[Manifest]) -> tuple[str, ...]:
+def choose_targets(wanted: Wanted, shape: Shape, adapters: list[Manifest]) -> tuple[str, ...]:
     """The linears that adapters use: vLLM computes LoRA for each that has slots, embedding and head included.
 
-    None where it cannot be said so: without adapters, of experts (whose linears vLLM knows by other names), and of
-    adapters on linears with unusual names.
+    All usual ones where slots were asked for, because others will be loaded into them. None where it cannot be said
+    so: without adapters, of experts (whose linears vLLM knows by other names), of linears with unusual names.
     """
     used = {name.rpartition(".")[2] for manifest in adapters for name in manifest.target_modules}
-    is_usual = shape.experts == 1 and used <= set().union(*LINEARS.values())
-    return tuple(sorted(used)) if is_usual else ()
+    usual = set().union(*LINEARS.values())
+    if not used or shape.experts > 1 or not used <= usual:
+        return ()
+    return tuple(sorted(usual if wanted.max_loras or wanted.max_lora_rank else used))
 
 
 def choose_requests(wanted: Wanted, device: Device) -> Choice:

@@ -1,6 +1,6 @@
-"""`python -m loraport.serve.tuning`: search for what standard input says, in the engine's Python; see tune.py.
+"""`python -m loraport.serve.tuning JSON`: search for what it asks, in the engine's Python; see tune.py.
 
-In:  {"groups": [["qkv", 4096, [4096, 1024, 1024]], ...], "rank": 16, "slots": 8, "out": "folder"}
+JSON: {"groups": [["qkv", 4096, [4096, 1024, 1024]], ...], "rank": 16, "slots": 8, "out": "folder"}
 Out: a line of JSON for each kernel, then the files that VLLM_TUNED_CONFIG_FOLDER wants.
 """
 
@@ -20,7 +20,7 @@ MOST_PROCESSES = 16  # each holds a CUDA context
 
 def main() -> None:
     """Search and write."""
-    asked = json.load(sys.stdin)
+    asked = json.loads(sys.argv[1])
     groups = [Group(name, inner, tuple(outers)) for name, inner, outers in asked["groups"]]
 
     def tell(line: dict[str, object]) -> None:

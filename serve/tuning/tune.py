@@ -9,13 +9,11 @@ What is found holds for one GPU, one version of vLLM and of the kernels' shapes,
     (False, 'nvidia-h200-vllm0.25.1-5f0c2a91')
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections import deque
@@ -27,6 +25,7 @@ from typing import Any
 from loraport.clients.errors import EngineError, UsageError, os_errors
 from loraport.clients.hardware import Device
 from loraport.clients.home import Home, write_json
+from loraport.serve.engine.process import GRACE_S, GUARD
 from loraport.serve.plan.settings import Plan
 from loraport.serve.plan.shape import Shape
 from loraport.serve.tuning.space import TOKENS, Group, groups
@@ -81,10 +80,15 @@ def find_subject(plan: Plan, shape: Shape, device: Device, version: str) -> Subj
     return Subject(device.name, version, tuple(found), plan.rank, plan.slots) if found else None
 
 
-def require_subject(subject: Subject | None, device: Device) -> Subject:
+def count_calls(subject: Subject) -> int:
+    """Lines with results that a search tells: shrink and expand of each group and batch."""
+    return 2 * len(TOKENS) * len(subject.groups)
+
+
+def require_subject(subject: Subject | None, device: Device) -> None:
     """UsageError where `--tune` was asked for and there is nothing to tune."""
     if subject:
-        return subject
+        return
     if device.kind != "cuda":
         raise UsageError("--tune makes LoRA kernels faster on GPUs, and there is none here.", "leave --tune away")
     raise UsageError("--tune is about LoRA kernels, and none are used.", "name an adapter, or leave --tune away")
@@ -122,22 +126,27 @@ def tune(subject: Subject, home: Home, environment: dict[str, str], tell: Callab
 
 
 def run_search(asked: dict[str, Any], environment: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Lines of the search as they come; EngineError with its last words where it fails. Its processes end with us."""
+    """Lines of the search as they come; EngineError with its last words where it fails.
+
+    It runs under the engine's guard, so that none of its processes outlives us, however we end.
+    """
+    read_end, pipe = os.pipe()
+    guard = [sys.executable, "-I", "-S", str(GUARD), str(read_end), str(GRACE_S)]
     process = subprocess.Popen(
-        SEARCH,
+        [*guard, *SEARCH, json.dumps(asked)],
         env=environment,
-        stdin=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        pass_fds=(read_end,),
         start_new_session=True,
         text=True,
         errors="replace",
     )
-    assert process.stdin and process.stdout
+    os.close(read_end)
+    assert process.stdout
     said: deque[str] = deque(maxlen=LAST_LINES)
     try:
-        with contextlib.suppress(BrokenPipeError), process.stdin:
-            json.dump(asked, process.stdin)
         for text in process.stdout:
             try:
                 line = json.loads(text)
@@ -150,7 +159,6 @@ def run_search(asked: dict[str, Any], environment: dict[str, str]) -> Iterator[d
             hint = "is the GPU free, and is this vLLM's Python? Without --tune vLLM's own are used"
             raise EngineError("the search for LoRA kernels ended before its time.", hint, tuple(said))
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        os.close(pipe)
         process.wait()
         process.stdout.close()
