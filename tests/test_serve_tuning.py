@@ -91,6 +91,10 @@ def test_vllm_finds_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert utils.get_lora_op_configs("shrink", hidden_size=4096, **about) == config
     assert utils.get_lora_op_configs("expand", hidden_size=4096, add_inputs=True, **about) == config
     assert utils.get_lora_op_configs("shrink", hidden_size=4096, **about | {"batch": 70}) == config
+    # Of a group that nobody searched for, of a head, of experts: vLLM must not end for want of a configuration.
+    for slices, size in ((1, 151936), (2, 4096), (4, 2048)):
+        other = about | {"num_slices": slices}
+        assert utils.get_lora_op_configs("expand", hidden_size=size, add_inputs=True, **other) == config
     utils.load_lora_op_config.cache_clear()
     utils.get_lora_op_configs.cache_clear()
 
