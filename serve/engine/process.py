@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -131,6 +132,33 @@ def environment(launch: Launch, home: Home, owner: tuple[int, float]) -> dict[st
     return device_arguments(launch)[1] | kept | ours
 
 
+def start_guarded(command: Sequence[str], variables: dict[str, str]) -> tuple["subprocess.Popen[str]", int]:
+    """(the guard of a new process, the end of a pipe): once that is closed, however we end, all its processes end.
+
+    What it says comes from the guard's standard output.
+    """
+    read_end, pipe = os.pipe()
+    guard = [sys.executable, "-I", "-S", str(GUARD), str(read_end), str(GRACE_S)]
+    try:
+        process = subprocess.Popen(
+            [*guard, *command],
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=(read_end,),
+            start_new_session=True,
+            text=True,
+            errors="replace",
+        )
+    except BaseException:
+        os.close(pipe)
+        raise
+    finally:
+        os.close(read_end)
+    return process, pipe
+
+
 class Engine:
     """A running engine: its guard, its log, and the end of both.
 
@@ -144,23 +172,15 @@ class Engine:
         self.lines: queue.SimpleQueue[tuple[float, str] | None] = queue.SimpleQueue()
         self.last: deque[str] = deque(maxlen=LAST_LINES)
         self.started = self.heard = time.monotonic()
-        read_end, self.pipe = os.pipe()
-        command = [sys.executable, "-I", "-S", str(GUARD), str(read_end), str(GRACE_S), *arguments(launch)]
         home.ensure(home.cache / "vllm")
         launch.socket.unlink(missing_ok=True)  # of an engine that was killed
         try:
             with os_errors("starting", Path(launch.command[0]), "end other programs, or look at ulimit -a"):
-                self.guard = subprocess.Popen(
-                    command,
-                    env=environment(launch, home, owner),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=(read_end,),
-                    start_new_session=True,
-                    text=True,
-                    errors="replace",
-                )
+                self.guard, self.pipe = start_guarded(arguments(launch), environment(launch, home, owner))
+        except BaseException:
+            self.log.close()
+            raise
+        try:
             self.identity = process_identity(self.guard.pid)
             self.trace = EngineTrace(launch.port, owner, self.identity, launch.replica)
             self.trace.write(home)
@@ -168,8 +188,6 @@ class Engine:
             os.close(self.pipe)
             self.log.close()
             raise
-        finally:
-            os.close(read_end)
         self.drain = threading.Thread(target=self.copy_log, name="engine log", daemon=True)
         self.drain.start()
 

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from typing import Any
 from loraport.clients.errors import EngineError, UsageError, os_errors
 from loraport.clients.hardware import Device
 from loraport.clients.home import Home, write_json
-from loraport.serve.engine.process import GRACE_S, GUARD
+from loraport.serve.engine.process import start_guarded
 from loraport.serve.plan.settings import Plan
 from loraport.serve.plan.shape import Shape
 from loraport.serve.tuning.space import TOKENS, Group, groups
@@ -130,20 +129,8 @@ def run_search(asked: dict[str, Any], environment: dict[str, str]) -> Iterator[d
 
     It runs under the engine's guard, so that none of its processes outlives us, however we end.
     """
-    read_end, pipe = os.pipe()
-    guard = [sys.executable, "-I", "-S", str(GUARD), str(read_end), str(GRACE_S)]
-    process = subprocess.Popen(
-        [*guard, *SEARCH, json.dumps(asked)],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        pass_fds=(read_end,),
-        start_new_session=True,
-        text=True,
-        errors="replace",
-    )
-    os.close(read_end)
+    with os_errors("starting", Path(sys.executable), "end other programs, or look at ulimit -a"):
+        process, pipe = start_guarded([*SEARCH, json.dumps(asked)], environment)
     assert process.stdout
     said: deque[str] = deque(maxlen=LAST_LINES)
     try:
