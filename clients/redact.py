@@ -13,25 +13,40 @@ from collections.abc import Sequence
 
 NAME = r"[\w.-]*(?:key|token|secret|password)"
 FLAG = re.compile(rf"(?i)--?{NAME}")
-FLAG_IN_TEXT = re.compile(rf"(?i)(?<![\w-])(--{NAME}[= ] *)(?!-)[^\s,'\"]+")
-FIELD_IN_TEXT = re.compile(rf"(?i)((['\"]){NAME}\2\s*:\s*)(['\"])(?:(?!\3).)*\3")
+FLAG_IN_TEXT = re.compile(rf"(?i)(?<![\w-])(--{NAME}[= ] *['\"]?)(?!-)[^\s,'\"]+")
+# 'name': 'value' or ['value', ...], as JSON and Python print fields; name='value', as Python prints a Namespace.
+QUOTED = r"(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")"
+VALUE = rf"(?:{QUOTED}|\[[^\]]*\])"
+FIELD_IN_TEXT = re.compile(rf"(?i)((['\"]){NAME}\2\s*:\s*|\b{NAME}=(?=['\"\[]))({VALUE})")
 HIDDEN = "…"
+
+
+def hide_fields(text: str) -> str:
+    """The values of secret fields as dots, in their quotes."""
+
+    def dots(found: re.Match[str]) -> str:
+        value = found[3]
+        quote = value[0] if value[0] in "'\"" else ""
+        return found[1] + (f"{quote}{HIDDEN}{quote}" if quote else f"[{HIDDEN}]")
+
+    return FIELD_IN_TEXT.sub(dots, text)
 
 
 def hide_secrets(command: Sequence[str]) -> list[str]:
     """A command line in which the values of secret flags are dots, those within JSON of other flags too."""
     shown: list[str] = []
+    is_secret = False
     for word in command:
-        hides = bool(shown) and FLAG.fullmatch(shown[-1])
         flag, sign, _ = word.partition("=")
-        if hides and not word.startswith("-"):
+        if word.startswith("-"):
+            is_secret = bool(FLAG.fullmatch(flag))
+            word = f"{flag}={HIDDEN}" if sign and is_secret else word
+        elif is_secret:
             word = HIDDEN
-        elif sign and FLAG.fullmatch(flag):
-            word = f"{flag}={HIDDEN}"
-        shown.append(FIELD_IN_TEXT.sub(rf"\1\g<3>{HIDDEN}\3", word))
+        shown.append(hide_fields(word))
     return shown
 
 
 def hide_in_text(line: str) -> str:
     """A line that an engine printed, with the values of secret flags and fields as dots."""
-    return FIELD_IN_TEXT.sub(rf"\1\g<3>{HIDDEN}\3", FLAG_IN_TEXT.sub(rf"\1{HIDDEN}", line))
+    return hide_fields(FLAG_IN_TEXT.sub(rf"\1{HIDDEN}", line))

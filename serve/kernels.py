@@ -3,7 +3,7 @@
 >>> launch = find(launch, is_wanted=True, home=home, state=state)
 LoRA kernels: 24 of 64 calls tried
 >>> launch.kernels.name
-'nvidia-h200-vllm0.25.1-5f0c2a91'
+'nvidia-h200-vllm0.25-5f0c2a91'
 """
 
 import os
@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from loraport.clients.endpoint import process_identity
-from loraport.clients.errors import EngineError, UsageError
+from loraport.clients.errors import LoraportError, UsageError
 from loraport.clients.hardware import Device
 from loraport.clients.home import Home
 from loraport.clients.terminal import console, say
@@ -54,7 +54,7 @@ def find(launch: Launch, is_wanted: bool, home: Home, state: EngineState) -> Lau
     if is_wanted and not subject.is_tuned(home):
         try:
             search(launch, subject, home, state)
-        except EngineError as error:
+        except LoraportError as error:
             say(f"warning: {error.message} vLLM's own are used. {error.hint}", "yellow")
             for line in error.details:
                 say(f"  {line}")

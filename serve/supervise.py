@@ -122,11 +122,11 @@ class Keeper:
             return self.attempt()
         except EngineError as error:
             lines = list(self.running.engine.last) if self.running else []
-            shorter = with_context_that_fits(self.launch, lines)
+            other = with_context_that_fits(self.launch, lines) or with_slots_for_all(self.launch, lines)
             self.end()
-            if shorter is None:
+            if other is None:
                 raise error
-            self.launch = shorter
+            self.launch = other
             return self.attempt()
 
     def attempt(self) -> Running:
@@ -309,6 +309,20 @@ def give_token(client: httpx.Client, model: str, wait_s: float) -> bool:
         return client.post("/v1/completions", json=body, timeout=wait_s).status_code < 500
     except httpx.HTTPError:
         return False
+
+
+def with_slots_for_all(launch: Launch, lines: list[str]) -> Launch | None:
+    """The launch with LoRA slots for all linears, where vLLM ended over one of those that were named; else None.
+
+    It ends where a linear that is named cannot have slots, and leaves it out where none is named.
+    """
+    if not launch.plan.targets or not versions.is_linear_without_slots(lines):
+        return None
+    say(
+        "warning: vLLM cannot make LoRA slots for those linears alone; it is started again with slots for all.",
+        "yellow",
+    )
+    return replace(launch, plan=replace(launch.plan, targets=()))
 
 
 def with_context_that_fits(launch: Launch, lines: list[str]) -> Launch | None:

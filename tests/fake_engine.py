@@ -7,6 +7,7 @@ It answers golden prompts from the manifests of the adapters it is given. What i
     FAKE_CRASH=weights       die at that phase, with FAKE_LAST_WORDS as its last lines and status FAKE_STATUS
     FAKE_CRASHING=-1.sock    only the engine whose socket is called so
     FAKE_TOO_LONG=700        die so while its cache is made where the context is longer
+    FAKE_TARGETS_FAIL=1      die so where LoRA slots are limited to some linears
     FAKE_REPLIES=base        answer for adapters as the base does; `garbage`: as nobody does; default `golden`;
                              `mixed`: for the base as an adapter does, while one is asked too, as vLLM's CPU kernels do;
                              `other base`: for the base as nobody does, as after a training on its 4-bit weights
@@ -14,6 +15,7 @@ It answers golden prompts from the manifests of the adapters it is given. What i
     FAKE_REFUSE=demo@v2      refuse to load that adapter, as vLLM does where its weights do not fit
     FAKE_WRONG=demo@v2       answer for that adapter as the base does
     FAKE_TOKEN_S=0.05        seconds for each token
+    FAKE_LOAD_S=0.1          seconds that an adapter takes into host memory (--max-cpu-loras); FAKE_MOVE_S: into a slot
     FAKE_CROWD_S=60          seconds that a request takes while another one is asked
     FAKE_IGNORE_SIGTERM=1    survive SIGTERM
     FAKE_FREEZE=/a/file      while that file exists, requests are not answered
@@ -105,6 +107,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--lora-modules", nargs="*", type=json.loads, default=[])
     parser.add_argument("--default-chat-template-kwargs", type=json.loads, default={})
     parser.add_argument("--max-loras", type=int, default=1)
+    parser.add_argument("--max-cpu-loras", type=int)
+    parser.add_argument("--lora-target-modules", nargs="*")
     return parser.parse_known_args(arguments)[0]
 
 
@@ -128,11 +132,14 @@ class Models:
         self.limit = options.max_model_len
         self.template_kwargs = options.default_chat_template_kwargs
         self.manifests: dict[str, dict[str, Any]] = {}
+        self.folders = {module["name"]: module["path"] for module in options.lora_modules}
         for module in options.lora_modules:
             self.manifests[module["name"]] = json.loads((Path(module["path"]) / "loraport.json").read_text())
         self.golden = {name: manifest["golden"] for name, manifest in self.manifests.items()}
         self.slots: list[str | None] = [None] * options.max_loras
         self.recent: list[str] = []  # adapters in slots, that asked least recently first
+        self.host: list[str] = []  # and in host memory
+        self.most_in_host = options.max_cpu_loras or options.max_loras
         self.lock = threading.Lock()
         self.asked: list[str] = []  # models of the requests that are being answered
 
@@ -150,6 +157,7 @@ class Models:
             self.manifests[name] = json.loads(path.read_text())
             self.golden[name] = self.manifests[name]["golden"]
         self.names.append(name)
+        self.folders[name] = str(folder)
         self.touch(name)
         return 200, f"Success: LoRA adapter '{name}' added successfully."
 
@@ -164,11 +172,17 @@ class Models:
     def touch(self, name: str) -> None:
         """An adapter is asked: where it is in no slot, it gets the first free one, or that of the one asked least."""
         with self.lock:
+            if name in self.host:
+                self.host.remove(name)
+            else:
+                time.sleep(float(knob("LOAD_S", "0")))
+            self.host = [*self.host, name][-self.most_in_host :]
             if name in self.recent:
                 self.recent.remove(name)
             elif None not in self.slots:
                 self.slots[self.slots.index(self.recent.pop(0))] = None
             if name not in self.slots:
+                time.sleep(float(knob("MOVE_S", "0")))
                 self.slots[self.slots.index(None)] = name
             self.recent.append(name)
 
@@ -286,7 +300,8 @@ class Handler(BaseHTTPRequestHandler):
             listed = [{"id": name, "object": "model"} for name in self.models.names if name != knob("HIDE")]
             for card in listed:
                 is_base = card["id"] in self.models.bases
-                card |= {"max_model_len": self.models.limit} if is_base else {"parent": self.models.bases[0]}
+                known = {"parent": self.models.bases[0], "root": self.models.folders.get(card["id"])}
+                card |= {"max_model_len": self.models.limit} if is_base else known
             self.answer(200, {"object": "list", "data": listed})
         elif self.path == "/seen":
             self.answer(200, vars(self.seen))
@@ -295,7 +310,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/metrics":
             counted = time.monotonic() if knob("BUSY") else 0
             gauge = "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 0.0\n"
-            self.send(200, f"{gauge}vllm:prompt_tokens_total {counted}\n".encode(), "text/plain")
+            slots = f'vllm:lora_requests_info{{max_lora="{len(self.models.slots)}",running_lora_adapters=""}} 1.0\n'
+            self.send(200, f"{gauge}{slots}vllm:prompt_tokens_total {counted}\n".encode(), "text/plain")
         else:
             self.answer(404, {"error": {"message": "Not Found", "code": 404}})
 
@@ -456,6 +472,8 @@ def main() -> None:
         os.environ.pop("FAKE_CRASH", None)
     if knob("TOO_LONG") and options.max_model_len > int(knob("TOO_LONG")):
         os.environ["FAKE_CRASH"] = "KV cache"
+    if knob("TARGETS_FAIL") and options.lora_target_modules:
+        os.environ["FAKE_CRASH"] = "weights"
     run_phases()
     Handler.models = Models(options)
     make_server(options).serve_forever()

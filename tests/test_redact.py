@@ -13,6 +13,8 @@ from loraport.serve.engine.versions import explain
         (["--api-key", "abc", "--port", "80"], ["--api-key", "…", "--port", "80"]),
         (["--hf_token=abc", "--max-num-seqs=4"], ["--hf_token=…", "--max-num-seqs=4"]),
         (["--x.Secret", "abc"], ["--x.Secret", "…"]),
+        (["--api-key", "abc", "def", "--port", "80"], ["--api-key", "…", "…", "--port", "80"]),
+        (["--kv-config", '{"api_key": ["abc"], "n": 1}'], ["--kv-config", '{"api_key": […], "n": 1}']),
         (["--hf-token", "--port", "80"], ["--hf-token", "--port", "80"]),
         (["--max-tokens", "5", "monkey", "7"], ["--max-tokens", "5", "monkey", "7"]),
         (["--kv-config", '{"password": "abc", "n": 1}'], ["--kv-config", '{"password": "…", "n": 1}']),
@@ -27,6 +29,10 @@ def test_command_lines(given: list[str], shown: list[str]) -> None:
     [
         ("args: {'hf_token': 'a\"b', 'seed': 0}", "args: {'hf_token': '…', 'seed': 0}"),
         ("error: unrecognized arguments: --my-key abc --n 4", "error: unrecognized arguments: --my-key … --n 4"),
+        ("error: --hf-token 'abc' is wrong", "error: --hf-token '…' is wrong"),
+        ("Namespace(hf_token='abc', api_key=['d', 'e'], n=1)", "Namespace(hf_token='…', api_key=[…], n=1)"),
+        ("args: {'api_key': ['abc'], 'seed': 0}", "args: {'api_key': […], 'seed': 0}"),
+        ("max_token=3, tokens=[1, 2]", "max_token=3, tokens=[1, 2]"),
         ("ValueError: a key is missing; keys: 'a', 'b'", "ValueError: a key is missing; keys: 'a', 'b'"),
     ],
 )

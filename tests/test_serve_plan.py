@@ -100,8 +100,8 @@ def test_sizes_of_a_known_model() -> None:
 @pytest.mark.parametrize(
     ("targets", "wanted", "slots_for"),
     [
-        ([["q_proj"], ["v_proj", "q_proj"]], {}, ("q_proj", "v_proj")),
-        ([["model.layers.0.self_attn.q_proj"]], {}, ("q_proj",)),
+        ([["q_proj"], ["v_proj", "q_proj"]], {}, ("k_proj", "q_proj", "v_proj")),
+        ([["model.layers.0.mlp.up_proj", "o_proj"]], {}, ("gate_proj", "o_proj", "up_proj")),
         ([["q_proj"]], {"max_loras": 2}, tuple(sorted(ALL_LINEAR))),  # others are to be loaded later
         ([["q_proj", "lm_head"]], {}, ()),
         ([["c_attn"]], {}, ()),

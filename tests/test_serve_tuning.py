@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -101,39 +102,39 @@ def test_vllm_finds_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_subject_is_known_by_gpu_engine_and_shapes(home: Home) -> None:
     shape = shape_of(CONFIG)
-    subject = tune.find_subject(planned(), shape, H200, "0.25.1")
-    assert subject and subject.folder(home).name.startswith("nvidia-h200-vllm0.25.1-")
+    subject = tune.find_subject(planned(), shape, H200, "0.25")
+    assert subject and subject.folder(home).name.startswith("nvidia-h200-vllm0.25-")
     others = [
-        tune.find_subject(planned(rank=32), shape, H200, "0.25.1"),
-        tune.find_subject(planned(slots=1), shape, H200, "0.25.1"),
-        tune.find_subject(planned(targets=("q_proj",)), shape, H200, "0.25.1"),
-        tune.find_subject(planned(), shape, H200, "0.32.0"),
+        tune.find_subject(planned(rank=32), shape, H200, "0.25"),
+        tune.find_subject(planned(slots=1), shape, H200, "0.25"),
+        tune.find_subject(planned(targets=("q_proj",)), shape, H200, "0.25"),
+        tune.find_subject(planned(), shape, H200, "0.32"),
     ]
     folders = {other.folder(home) for other in others if other}
     assert len(folders) == 4 and subject.folder(home) not in folders
-    assert subject == tune.find_subject(planned(context=1024), shape, H200, "0.25.1")
+    assert subject == tune.find_subject(planned(context=1024), shape, H200, "0.25")
 
 
 def test_experts_are_left_out() -> None:
     shape = shape_of(CONFIG | {"num_experts": 8, "num_experts_per_tok": 2})
-    subject = tune.find_subject(planned(), shape, H200, "0.25.1")
+    subject = tune.find_subject(planned(), shape, H200, "0.25")
     assert subject and [group.name for group in subject.groups] == ["qkv", "o"]
 
 
 def test_where_there_is_nothing_to_tune() -> None:
     shape = shape_of(CONFIG)
-    assert tune.find_subject(planned(), shape, CPU, "0.32.0") is None
-    assert tune.find_subject(planned(slots=0), shape, H200, "0.25.1") is None
+    assert tune.find_subject(planned(), shape, CPU, "0.32") is None
+    assert tune.find_subject(planned(slots=0), shape, H200, "0.25") is None
     with pytest.raises(UsageError, match="there is none here"):
         tune.require_subject(None, CPU)
     with pytest.raises(UsageError, match="none are used"):
         tune.require_subject(None, H200)
-    tune.require_subject(tune.find_subject(planned(), shape, H200, "0.25.1"), H200)
+    tune.require_subject(tune.find_subject(planned(), shape, H200, "0.25"), H200)
 
 
 def test_what_is_found_is_kept(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     play(monkeypatch, ends=0)
-    subject = tune.find_subject(planned(), shape_of(CONFIG), H200, "0.25.1")
+    subject = tune.find_subject(planned(), shape_of(CONFIG), H200, "0.25")
     assert subject and not subject.is_tuned(home)
     told: list[dict[str, Any]] = []
     tune.tune(subject, home, dict(os.environ), told.append)
@@ -148,7 +149,7 @@ def test_a_search_that_fails_leaves_nothing_and_says_its_last_words(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     play(monkeypatch, ends=1)
-    subject = tune.find_subject(planned(), shape_of(CONFIG), H200, "0.25.1")
+    subject = tune.find_subject(planned(), shape_of(CONFIG), H200, "0.25")
     assert subject
     with pytest.raises(EngineError) as caught:
         tune.tune(subject, home, dict(os.environ), lambda line: None)
@@ -156,9 +157,63 @@ def test_a_search_that_fails_leaves_nothing_and_says_its_last_words(
     assert not subject.is_tuned(home) and not list(subject.folder(home).parent.iterdir())
 
 
+@pytest.mark.parametrize("damage", ["", "[]", "{", '{"calls": []}'])
+def test_a_damaged_report_is_no_report(home: Home, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    play(monkeypatch, ends=0)
+    subject = tune.find_subject(planned(), shape_of(CONFIG), H200, "0.25")
+    assert subject
+    (home.ensure(subject.folder(home)) / tune.REPORT).write_text(damage)
+    assert not subject.is_tuned(home)
+    tune.tune(subject, home, dict(os.environ), lambda line: None)
+    assert subject.is_tuned(home)
+
+
+def test_kernels_that_do_not_run_are_not_kept(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "SEARCH", (sys.executable, "-c", SEARCH.replace("ENDS", "0").replace("10.0", "1e999")))
+    subject = tune.find_subject(planned(), shape_of(CONFIG), H200, "0.25")
+    assert subject
+    with pytest.raises(EngineError, match="does not run"):
+        tune.tune(subject, home, dict(os.environ), lambda line: None)
+    assert not list(subject.folder(home).parent.iterdir())
+
+
+def test_another_search_that_came_first_is_kept(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, ends=0)
+    subject = tune.find_subject(planned(), shape_of(CONFIG), H200, "0.25")
+    assert subject
+    theirs = {"calls": [{"op": "shrink", "tokens": 64, "own_us": 1.0, "us": 0.5}]}
+
+    def come_first(line: dict[str, Any]) -> None:
+        (home.ensure(subject.folder(home)) / tune.REPORT).write_text(json.dumps(theirs))
+
+    tune.tune(subject, home, dict(os.environ), come_first)
+    assert subject.calls(home) == theirs["calls"]
+
+
+def test_what_a_killed_search_left_is_swept(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, ends=0)
+    subject = tune.find_subject(planned(), shape_of(CONFIG), H200, "0.25")
+    assert subject
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    parent = home.ensure(subject.folder(home).parent)
+    (parent / f".{subject.folder(home).name}-{done.pid}").mkdir()
+    tune.tune(subject, home, dict(os.environ), lambda line: None)
+    assert [path.name for path in parent.iterdir()] == [subject.folder(home).name]
+
+
+def test_a_search_that_says_nothing_is_ended(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "SEARCH", (sys.executable, "-c", "import time; time.sleep(600)"))
+    monkeypatch.setattr(tune, "SILENT_S", 0.5)
+    subject = tune.find_subject(planned(), shape_of(CONFIG), H200, "0.25")
+    assert subject
+    with pytest.raises(EngineError, match="ended before its time"):
+        tune.tune(subject, home, dict(os.environ), lambda line: None)
+
+
 def test_ctrl_c_ends_the_search(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     play(monkeypatch, ends=0)
-    subject = tune.find_subject(planned(), shape_of(CONFIG), H200, "0.25.1")
+    subject = tune.find_subject(planned(), shape_of(CONFIG), H200, "0.25")
     assert subject
 
     def interrupt(line: dict[str, Any]) -> None:

@@ -233,6 +233,21 @@ def test_a_start_with_the_context_that_vllm_names(
     assert [start["outcome"] == "ready" for start in read_starts(home)] == [True, False]
 
 
+def test_a_start_with_slots_for_all_where_vllm_cannot_limit_them(
+    launch: Launch, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (
+        "ValueError: LoRA target module model.layers.0.mlp.gate_proj (Odd) matched the deployment configuration but "
+    )
+    words += "could not be wrapped by any LoRA layer implementation."
+    monkeypatch.setenv("FAKE_TARGETS_FAIL", "1")
+    monkeypatch.setenv("FAKE_LAST_WORDS", words)
+    limited = replace(launch, plan=replace(launch.plan, slots=1, rank=8, targets=("q_proj",)))
+    with kept(limited, home) as running:
+        assert running.keeper.launch.plan.targets == ()
+    assert [start["outcome"] == "ready" for start in read_starts(home)] == [True, False]
+
+
 def test_a_home_with_a_long_path_has_its_socket_elsewhere(tmp_path: Path) -> None:
     short, far = Home(Path("/home/me/.loraport")), Home(tmp_path / ("x" * LONGEST))
     found = socket_path(far, 8000)
@@ -285,6 +300,18 @@ def test_a_home_that_holds_no_sockets_has_its_socket_elsewhere(short: Path, monk
     with pytest.raises(ResourceError, match=r"neither .* nor /nowhere can hold a Unix socket") as caught:
         socket_path(home, 8000)
     assert "TMPDIR" in caught.value.hint
+
+
+def test_a_folder_for_sockets_that_somebody_else_has_made_is_passed_over(
+    short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, ours = Home(short / ("x" * LONGEST)), short / "run"
+    ours.mkdir()
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(short))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(ours))
+    taken = socket_path(home, 8000).parent
+    taken.chmod(0o777)
+    assert taken.parent == short and socket_path(home, 8000).parent.parent == ours
 
 
 def test_two_starts_may_remove_old_logs_at_once(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

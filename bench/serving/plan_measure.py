@@ -19,6 +19,7 @@ import httpx
 from loraport.bench.load.server import Server
 from loraport.bench.serving.plan_cases import Case, PlanRefused, ask_plan, engine_command
 from loraport.bench.serving.startup import Start, Tell, Wait, answers, reacher, read_words, run_once
+from loraport.clients.redact import hide_in_text, hide_secrets
 
 if TYPE_CHECKING:
     import subprocess
@@ -78,7 +79,9 @@ def measure_case(case: Case, folder: Path, way: Way, tell: Tell = lambda name, a
     log = folder / "engine.log"
     engine = run_once(start, ENVIRONMENT, log, tell, until_told(log, way.until_report))
     words = read_words(log)
-    found |= {"command": command, "engine": engine, "reported": read_report(words), "lines": memory_lines(words)}
+    lines = [hide_in_text(line) for line in memory_lines(words)]
+    engine |= {"log": [hide_in_text(line) for line in engine["log"]]} if engine.get("log") else {}
+    found |= {"command": hide_secrets(command), "engine": engine, "reported": read_report(words), "lines": lines}
     return found | {"ratio": ratio(found), "error": engine["error"]}
 
 

@@ -154,5 +154,5 @@ def check_fits(folder: Path, name: str, base: Base, targets: Collection[str] = (
     if dropped:
         raise AdapterError(
             f"the adapter {name} has weights for {', '.join(dropped)}, and this engine has no slots for them.",
-            f"start `loraport serve` again with {name} among its adapters",
+            f"start `loraport serve` again with {name} among its adapters, or with --max-loras: then all have slots",
         )

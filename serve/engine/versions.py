@@ -188,6 +188,11 @@ def named_context(lines: list[str]) -> int | None:
     return int(found[1]) if found else None
 
 
+def is_linear_without_slots(lines: list[str]) -> bool:
+    """Whether a start ended because a linear of --lora-target-modules cannot have slots (0.25 to 0.32)."""
+    return any("LoRA target module" in line and "could not be wrapped" in line for line in lines)
+
+
 def explain(lines: list[str]) -> Failure | None:
     """The known failure that these log lines show, its words filled in; the first of FAILURES that matches wins."""
     text = hide_in_text("\n".join(lines))

@@ -131,7 +131,9 @@ def choose_slots(wanted: Wanted, adapters: list[Manifest], spare: int) -> tuple[
 
 
 def choose_targets(wanted: Wanted, shape: Shape, adapters: list[Manifest]) -> tuple[str, ...]:
-    """The linears that adapters use: vLLM computes LoRA for each that has slots, embedding and head included.
+    """The linears that adapters use, and those that vLLM computes with them: only these get slots.
+
+    It computes LoRA for each linear that has some, embedding and head included, whatever adapters hold.
 
     All usual ones where slots were asked for, because others will be loaded into them. None where it cannot be said
     so: without adapters, of experts (whose linears vLLM knows by other names), of linears with unusual names.
@@ -140,7 +142,8 @@ def choose_targets(wanted: Wanted, shape: Shape, adapters: list[Manifest]) -> tu
     usual = set().union(*LINEARS.values())
     if not used or shape.experts > 1 or not used <= usual:
         return ()
-    return tuple(sorted(usual if wanted.max_loras or wanted.max_lora_rank else used))
+    is_open = wanted.max_loras or wanted.max_lora_rank
+    return tuple(sorted(name for group in LINEARS.values() if is_open or group & used for name in group))
 
 
 def choose_requests(wanted: Wanted, device: Device) -> Choice:

@@ -5,7 +5,6 @@ Out: a line of JSON for each kernel, then the files that VLLM_TUNED_CONFIG_FOLDE
 """
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -14,8 +13,6 @@ from loraport.serve.tuning.bench import gpu_name
 from loraport.serve.tuning.files import write
 from loraport.serve.tuning.search import compile_all, plan_compiling, search
 from loraport.serve.tuning.space import TOKENS, Group
-
-MOST_PROCESSES = 16  # each holds a CUDA context
 
 
 def main() -> None:
@@ -31,7 +28,7 @@ def main() -> None:
     work = plan_compiling(groups, *about)
     began = time.monotonic()
     tell({"kernels": len(work)})
-    compile_all(work, max(1, min(MOST_PROCESSES, len(os.sched_getaffinity(0)))))
+    compile_all(work)
     tell({"kernels": len(work), "seconds": round(time.monotonic() - began, 1)})
     found = search(groups, *about, tell)
     tell({"seconds": round(time.monotonic() - began, 1)})

@@ -10,8 +10,12 @@ the other, because timings that overlap are worth nothing.
 
 import contextlib
 import multiprocessing
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
+
+import psutil
 
 from loraport.serve.tuning.bench import Bench, Failed
 from loraport.serve.tuning.space import TOKENS, Config, Group, candidates
@@ -22,14 +26,25 @@ BETTER = 0.98
 REPEATS = 3  # of the best few, before one of them is chosen
 FINALISTS = 4
 
+MOST_PROCESSES, PROCESS_BYTES = 16, 3 << 30
 Work = tuple[str, Group, int, int, int, Config]
 
 
-def compile_all(work: Sequence[Work], processes: int) -> None:
-    """Compile the kernels of `work` into Triton's cache. What fails will fail again when it is timed."""
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        shares = [list(work[start::processes]) for start in range(processes)]
-        pool.map(compile_some, shares)
+def count_processes() -> int:
+    """As many as there are cores, and as the memory takes: each holds torch, vLLM and a CUDA context."""
+    fit = psutil.virtual_memory().available // PROCESS_BYTES
+    return int(max(1, min(MOST_PROCESSES, len(os.sched_getaffinity(0)), fit)))
+
+
+def compile_all(work: Sequence[Work]) -> None:
+    """Compile the kernels of `work` into Triton's cache. What fails will fail again when it is timed.
+
+    BrokenProcessPool where a process was killed, for want of memory say; a multiprocessing.Pool would wait for ever.
+    """
+    processes = count_processes()
+    shares = [list(work[start::processes]) for start in range(min(processes, len(work)))]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_some, shares))
 
 
 def compile_some(work: Sequence[Work]) -> None:
@@ -86,15 +101,26 @@ def search(
 ) -> dict[str, Any]:
     """Configurations by kernel, number of slices, tokens, and the two sizes of the product, as vLLM reads them."""
     found: dict[str, Any] = {op: {} for op in OPS}
+    uneven: list[Work] = []
     for size in tokens:
         for group in groups:
             benches = [Bench(group, rank, slots, size, active) for active in sorted({1, min(slots, size)})]
             for op in OPS:
                 config, took, own = choose(benches, op, rank)
+                uneven.append((op, group, rank, slots, not_by_sixteen(size), config or benches[0].own(op)))
                 outer = max(group.outers)
                 k, n = (group.inner, rank) if op == "shrink" else (rank, outer)
                 by_tokens = found[op].setdefault(str(len(group.outers)), {}).setdefault(str(size), {})
                 by_tokens.setdefault(str(k), {})[str(n)] = config or benches[0].own(op)
                 line = {"op": op, "group": group.name, "tokens": size, "own_us": round(own, 2), "us": round(took, 2)}
                 tell(line | {"config": config})
+    compile_all(uneven)
     return found
+
+
+def not_by_sixteen(tokens: int) -> int:
+    """A batch beside that one for which Triton makes other code: it has one for sizes that 16 divides, one for others.
+
+    Most prompts are of the others, and would be compiled for in front of users.
+    """
+    return tokens + 1 if tokens == 1 else tokens - 1

@@ -2,24 +2,28 @@
 
 vLLM's kernels have one set of tiles for all GPUs and shapes. It takes others from the folder that
 VLLM_TUNED_CONFIG_FOLDER names; the search for them runs as a process of its own, before the engine takes the memory.
-What is found holds for one GPU, one version of vLLM and of the kernels' shapes, so that is what the folder is named by.
+What is found holds for one GPU, one version of vLLM (0.25, say) and one set of shapes, which name the folder.
 
-    >>> subject = find_subject(launch.plan, shape, launch.device, "0.25.1")
+    >>> subject = find_subject(launch.plan, shape, launch.device, "0.25")
     >>> subject.is_tuned(home), subject.folder(home).name
-    (False, 'nvidia-h200-vllm0.25.1-5f0c2a91')
+    (False, 'nvidia-h200-vllm0.25-5f0c2a91')
 """
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from loraport.clients.errors import EngineError, UsageError, os_errors
 from loraport.clients.hardware import Device
@@ -32,6 +36,8 @@ from loraport.serve.tuning.space import TOKENS, Group, groups
 SEARCH = (sys.executable, "-m", "loraport.serve.tuning")
 REPORT = "report.json"
 LAST_LINES = 8
+FORMAT = 2  # of the folder: others are searched anew
+SILENT_S = 900.0  # compiling says nothing for a minute or two
 # Rows of the report for people: a batch that decodes, and one of prompts.
 SHOWN = (64, 8192)
 
@@ -50,17 +56,23 @@ class Subject:
         """Where its files are, or would be."""
         gpu = re.sub(r"[^a-z0-9]+", "-", self.gpu.lower()).strip("-")
         shapes = json.dumps([[group.inner, group.outers] for group in self.groups])
-        digest = hashlib.sha256(f"{shapes} {self.rank} {self.slots} {TOKENS}".encode()).hexdigest()[:8]
+        digest = hashlib.sha256(f"{FORMAT} {shapes} {self.rank} {self.slots} {TOKENS}".encode()).hexdigest()[:8]
         return home.cache / "lora-kernels" / f"{gpu}-vllm{self.version}-{digest}"
 
     def is_tuned(self, home: Home) -> bool:
         """Whether the search has run to its end here."""
-        return (self.folder(home) / REPORT).is_file()
+        return bool(self.calls(home))
+
+    def calls(self, home: Home) -> list[dict[str, Any]]:
+        """Its results by call; none where it has not been, or its report is damaged."""
+        try:
+            return list(json.loads((self.folder(home) / REPORT).read_text(encoding="utf-8"))["calls"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
 
     def gain(self, home: Home) -> str:
         """What tuning gave, in words: `5.2 to 3.1 us a call at 64 tokens, ...`."""
-        calls = json.loads((self.folder(home) / REPORT).read_text(encoding="utf-8"))["calls"]
-        found = []
+        calls, found = self.calls(home), []
         for tokens in SHOWN:
             own, ours = (sum(call[key] for call in calls if call["tokens"] == tokens) for key in ("own_us", "us"))
             if own:
@@ -101,6 +113,7 @@ def tune(subject: Subject, home: Home, environment: dict[str, str], tell: Callab
     """
     folder = subject.folder(home)
     partial = home.ensure(folder.parent) / f".{folder.name}-{os.getpid()}"
+    sweep(folder)
     asked = {
         "groups": [[group.name, group.inner, group.outers] for group in subject.groups],
         "rank": subject.rank,
@@ -116,12 +129,23 @@ def tune(subject: Subject, home: Home, environment: dict[str, str], tell: Callab
             tell(line)
             if "op" in line:
                 calls.append(line)
+        if not all(math.isfinite(call["own_us"]) for call in calls):
+            raise EngineError("the search found a kernel of vLLM's own that does not run.", "is the GPU free?")
         write_json(partial / REPORT, {"gpu": subject.gpu, "vllm": subject.version, "asked": asked, "calls": calls})
         with os_errors("writing", folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
+            if not subject.is_tuned(home):  # or another search came first, and an engine may be reading it
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what searches left behind that were killed."""
+    for path in folder.parent.glob(f".{folder.name}-*"):
+        owner = path.name.rpartition("-")[2]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def run_search(asked: dict[str, Any], environment: dict[str, str]) -> Iterator[dict[str, Any]]:
@@ -133,8 +157,21 @@ def run_search(asked: dict[str, Any], environment: dict[str, str]) -> Iterator[d
         process, pipe = start_guarded([*SEARCH, json.dumps(asked)], environment)
     assert process.stdout
     said: deque[str] = deque(maxlen=LAST_LINES)
+    ends = [pipe]
+
+    def end() -> None:
+        while ends:
+            os.close(ends.pop())
+
+    watch = threading.Timer(SILENT_S, end)
+    watch.daemon = True
+    watch.start()
     try:
         for text in process.stdout:
+            watch.cancel()
+            watch = threading.Timer(SILENT_S, end)
+            watch.daemon = True
+            watch.start()
             try:
                 line = json.loads(text)
             except ValueError:
@@ -142,10 +179,11 @@ def run_search(asked: dict[str, Any], environment: dict[str, str]) -> Iterator[d
                 continue
             if isinstance(line, dict):
                 yield line
-        if process.wait():
+        if process.wait() or not ends:
             hint = "is the GPU free, and is this vLLM's Python? Without --tune vLLM's own are used"
             raise EngineError("the search for LoRA kernels ended before its time.", hint, tuple(said))
     finally:
-        os.close(pipe)
+        watch.cancel()
+        end()
         process.wait()
         process.stdout.close()
