@@ -306,8 +306,8 @@ class Service:
             running.timeline.see_end("verification", time.monotonic() - running.engine.started)
             self.state.ready(uds=str(launch.socket), replica=launch.replica)
             self.was_ready = True
-        if self.record:
-            self.write_record(running)
+            if self.record:
+                self.write_record(running)
 
     def prove_adapters(self, running: Running) -> list[Restored]:
         """Adapters loaded and proven. One that fails ends the first start; after a restart it is left out, and told."""

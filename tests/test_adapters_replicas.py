@@ -1,9 +1,11 @@
 """Adapters of two engines behind one gateway: on both or on none; and what an engine needs that joins."""
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -14,12 +16,13 @@ from loraport.serve.adapters.catalog import Catalog
 from loraport.serve.adapters.live import Live
 from loraport.serve.adapters.loading import GUARD
 from loraport.serve.gateway.app import create_app
+from loraport.serve.gateway.forward import Gateway
 from loraport.serve.gateway.server import run_in_thread
 from loraport.serve.gateway.settings import GatewaySettings
 from loraport.serve.gateway.state import EngineState, Model, Phase
 from loraport.train.base_model import Base
-from tests.gateway import CHAT, CONTEXT, FakeEngine, asking
-from tests.test_adapters_accept import base
+from tests.gateway import CHAT, CONTEXT, FakeEngine, asking, error_of
+from tests.test_adapters_accept import base, write_adapter
 from tests.test_adapters_live import PLAN, V32, write_version
 
 __all__ = ["base"]  # a fixture
@@ -33,6 +36,7 @@ class Pair:
     state: EngineState
     live: Live
     client: httpx.Client
+    gateway: Gateway
 
     def knob(self, number: int, **knobs: str) -> None:
         """Set knobs of an engine while it runs."""
@@ -70,7 +74,7 @@ def pair(home: Home, base: Base, **knobs: str) -> Iterator[Pair]:
             for number, engine in enumerate(engines):
                 live.connect(engine.client, replica=number)
                 state.ready([Model("base", max_model_len=CONTEXT)], engine.url, replica=number)
-            yield Pair(engines, state, live, client)
+            yield Pair(engines, state, live, client, running.gateway)
     finally:
         for engine in engines:
             engine.end()
@@ -176,3 +180,78 @@ def test_verified_is_what_all_of_them_say(home: Home, base: Base) -> None:
         with pytest.raises(VerificationError, match="replica 1"):
             both.live.verify("demo")
         assert both.live.listing()[0]["state"] == "failed" and both.held(0) == both.held(1) == []
+
+
+@pytest.fixture
+def elsewhere(home: Home, base: Base, tmp_path: Path) -> list[Path]:
+    """Two versions in folders outside the home."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for number, folder in enumerate(folders):
+        write_version(home, base, "v1", token=5 + number).rename(folder)
+        write_adapter(folder, fill=1 + number)
+    return folders
+
+
+@pytest.mark.parametrize("is_deleted", [True, False])
+def test_a_version_before_that_is_gone_keeps_no_engine_out(
+    home: Home, base: Base, elsewhere: list[Path], is_deleted: bool
+) -> None:
+    with pair(home, base) as both:
+        before, latest = (both.live.load(f"demo={folder}").engine_name for folder in elsewhere)
+        assert both.held(0) == sorted([before, latest])
+        shutil.rmtree(elsewhere[0])
+        if not is_deleted:
+            shutil.copytree(elsewhere[1], elsewhere[0])
+        both.crash(1)
+        [restored] = both.live.restore(replica=1)
+        assert restored.error is None and both.held(0) == both.held(1) == [latest]
+        assert both.client.post(CHAT, json=asking(model="demo:prev")).status_code == 404
+
+
+@pytest.mark.usefixtures("versions")
+@pytest.mark.parametrize("fault", ["wrong", "refuse"])
+def test_a_version_before_that_one_engine_cannot_have_is_given_up_by_all(home: Home, base: Base, fault: str) -> None:
+    with pair(home, base) as both:
+        both.live.load("demo@v1")
+        both.live.load("demo@v2")
+        both.crash(1, **{fault: "demo@v1"})
+        [restored] = both.live.restore(replica=1)
+        assert restored.error is None and both.held(0) == both.held(1) == ["demo@v2"]
+
+
+def test_an_adapter_that_is_gone_is_served_no_longer_by_any(home: Home, base: Base, elsewhere: list[Path]) -> None:
+    with pair(home, base) as both:
+        both.live.load(f"gone={elsewhere[0]}")
+        other = both.live.load(f"other={elsewhere[1]}").engine_name
+        shutil.rmtree(elsewhere[0])
+        both.crash(1)
+        told = both.live.restore(replica=1)
+        assert [bool(each.error) for each in told] == [False, True] and both.held(0) == both.held(1) == [other]
+        states = {entry["name"]: (entry["state"], entry.get("reason")) for entry in both.live.listing()}
+        assert states["other"][0] == "verified" and states["gone"][0] == "failed"
+        assert "first cannot be read any more" in str(states["gone"][1])
+        assert both.client.post(CHAT, json=asking(model="gone")).status_code == 404
+
+
+@pytest.mark.usefixtures("versions")
+@pytest.mark.parametrize("step", ["load", "prove", "prove_together"])
+def test_what_no_engine_can_prove_any_more_is_not_served(
+    home: Home, base: Base, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """The service is stopped in the middle of a load."""
+    with pair(home, base) as both:
+        both.live.load("demo@v1")
+        both.gateway.adapters, key = both.live, {"Authorization": f"Bearer {both.gateway.ring.issue()}"}
+        real = getattr(both.live.holders, step)
+
+        def stopped_before(*given: Any) -> Any:
+            both.state.begin(Phase.DRAINING, "it is being stopped")
+            return real(*given)
+
+        monkeypatch.setattr(both.live.holders, step, stopped_before)
+        refused = both.client.post("/admin/adapters", json={"reference": "demo@v2"}, headers=key)
+        assert (refused.status_code, error_of(refused)["code"]) == (503, "engine_not_ready")
+        assert error_of(refused)["message"] == "no engine is ready any more (draining)."
+        assert both.live.served["demo"].latest.engine_name == "demo@v1"
+        latest = Catalog(home).aliases("demo").latest
+        assert latest and latest.version == "v1"

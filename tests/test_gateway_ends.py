@@ -10,10 +10,11 @@ import httpx
 import openai
 import pytest
 
+from loraport.serve.gateway.body import Body
 from loraport.serve.gateway.calls import Call
-from loraport.serve.gateway.forward import end_stream
+from loraport.serve.gateway.forward import Forward, end_stream
 from loraport.serve.gateway.refusals import Refusal
-from loraport.serve.gateway.state import Phase
+from loraport.serve.gateway.state import Model, Phase
 from tests.gateway import CHAT, Gated, asking, error_of, gated
 from tests.serving import wait_until
 
@@ -116,6 +117,20 @@ def test_stopping_lets_requests_end_and_breaks_the_others_in_words() -> None:
                 return await asked
 
             assert last in asyncio.run(both())
+
+
+def test_what_was_let_in_before_the_stop_still_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Forward.refuse_overflow
+
+    async def stopped_meanwhile(self: Forward, body: Body, model: Model) -> None:
+        self.gateway.engine.begin(Phase.DRAINING, "it is being stopped")
+        await real(self, body, model)
+
+    monkeypatch.setattr(Forward, "refuse_overflow", stopped_meanwhile)
+    with gated() as gate:
+        assert gate.chat().status_code == 200
+        assert error_of(gate.chat())["code"] == "engine_draining", "it came too late"
+        assert "vllm:num_requests_running" in gate.client.get("/metrics").text
 
 
 def test_two_hundred_streams_all_end_while_the_engine_is_killed() -> None:

@@ -1,6 +1,7 @@
 """The gateway in front of two engines: who is asked, what happens when one is gone, and their figures on one page."""
 
 import contextlib
+import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from loraport.serve.gateway import app
 from loraport.serve.gateway.app import create_app
 from loraport.serve.gateway.metrics import Merged
 from loraport.serve.gateway.server import Running, run_in_thread
@@ -66,6 +68,23 @@ def test_requests_one_by_one_take_turns() -> None:
     with pair() as both:
         assert [both.client.post(CHAT, json=asking()).status_code for _ in range(6)] == [200] * 6
         assert both.asked() == [3, 3]
+
+
+def test_prompts_that_are_counted_take_turns_too() -> None:
+    with pair() as both:
+        chats = [both.client.post(CHAT, json=asking("word " * 190)) for _ in range(4)]
+        assert {chat.status_code for chat in chats} == {200}
+        assert sum(len(engine.bodies("/tokenize")) for engine in both.engines) == 4 and both.asked() == [2, 2]
+
+
+def test_nobody_waits_for_an_engine_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "PROBE_S", 600)
+    monkeypatch.setattr(app, "FIGURES_S", 0.5)
+    with pair() as both:
+        both.engines[0].process.send_signal(signal.SIGSTOP)
+        assert both.client.get("/health", timeout=20).status_code == 200
+        text = both.client.get("/metrics", timeout=20).text
+        assert 'running{replica="1"}' in text and 'running{replica="0"}' not in text
 
 
 def test_a_request_goes_to_the_engine_that_has_fewest() -> None:

@@ -1,16 +1,20 @@
 """`loraport serve --replicas`: several engines started, kept and ended together, each on GPUs of its own."""
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import psutil
 import pytest
 
 from loraport.clients.endpoint import read_records
+from loraport.clients.engine_phases import Timeline
 from loraport.clients.errors import EngineError, ResourceError, UsageError
 from loraport.clients.hardware import Device
 from loraport.clients.home import Home
@@ -23,7 +27,7 @@ from loraport.serve.gateway.state import EngineState, Model, Phase
 from loraport.serve.plan import hardware
 from loraport.serve.plan.settings import Wanted, for_one
 from loraport.serve.plan.wish import parse_replicas
-from loraport.serve.serve import Request, prepare, spread
+from loraport.serve.serve import Request, Service, prepare, spread
 from loraport.serve.supervise import Keeper, Patience, Running
 from tests.adapters import make_tiny_adapter
 from tests.conftest import free_port
@@ -175,6 +179,28 @@ def change_version(home: Home, version: str) -> None:
     folder = (home.adapters / "demo" / f"{version}-made").rename(home.adapters / "demo" / version)
     manifest = folder / "loraport.json"
     manifest.write_text(manifest.read_text().replace('"version": "v1"', f'"version": "{version}"'))
+
+
+def test_a_replica_that_joins_writes_the_record_while_no_adapter_can_change(
+    launches: list[Launch], home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = Request([], None, "127.0.0.1", launches[0].port, Wanted(), FAKE, [], json=False, drain_s=0)
+    gateway = SimpleNamespace(gateway=SimpleNamespace(ring=SimpleNamespace(issue=str)), in_flight=len)
+    service = Service(launches, request, home, EngineState(2), cast(Any, gateway), 0.0)
+    free: list[bool] = []
+
+    def write(_: Running) -> None:
+        other = threading.Thread(target=lambda: free.append(service.live.lock.acquire(blocking=False)))
+        other.start()
+        other.join()
+
+    monkeypatch.setattr(service, "prove_adapters", lambda _: [])
+    monkeypatch.setattr(service, "write_record", write)
+    service.record = cast(Any, "the one before")
+    engine, timeline = SimpleNamespace(started=0.0), Timeline(has_lora=False)
+    running = SimpleNamespace(launch=launches[1], is_shown=False, timeline=timeline, engine=engine)
+    service.bring_up(cast(Any, running))
+    assert free == [False]
 
 
 @pytest.mark.parametrize(

@@ -224,10 +224,14 @@ def open_whole(home: Home, reference: str) -> Adapter:
 
 
 def require_unchanged(adapter: Adapter, home: Home) -> None:
-    """AdapterError where a folder outside the home holds other weights than when it got its version."""
+    """AdapterError where a folder outside the home holds other weights than when it got its version, or is gone."""
     if home.adapters in adapter.folder.parents:  # immutable
         return
-    found = foreign.content_hash(adapter.folder)
+    try:
+        found = foreign.content_hash(adapter.folder)
+    except OSError as error:
+        words = f"{adapter.folder} cannot be read any more ({error.strerror})."
+        raise AdapterError(words, "load it again from where it is now") from error
     if not adapter.manifest.version.endswith(found):
         raise AdapterError(
             f"{adapter.folder} has changed since it was loaded as {engine_name(adapter)}.",

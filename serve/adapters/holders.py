@@ -1,7 +1,8 @@
 """The engines that hold an endpoint's adapters, asked as if they were one: loaded by all or by none, proven on each.
 
 An engine holds everything that the endpoint serves before it is a member, and is one as long as it is ready. Where it
-fails a load, the others are told to forget; what a restart has emptied is filled again by live.py.
+fails a load, the others are told to forget; what a restart has emptied is filled again by live.py. Where no member is
+left, nothing is loaded or proven, which is an EngineError; only to forget is done with nobody as well.
 
     >>> holders = Holders(state, in_flight, lock)
     >>> holders.connect(0, Slots(client, most=3, keeps_last_empty=True, home=home))
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from loraport.clients.errors import LoraportError
+from loraport.clients.errors import EngineError, LoraportError
 from loraport.serve.adapters.loading import Slots
 from loraport.serve.adapters.prove import Loaded, prove
 from loraport.serve.gateway.state import EngineState
@@ -65,6 +66,20 @@ class Holders:
         asked = self.engine.snapshot.ready if self.alone is None else [self.alone]
         return {number: slots for number, slots in self.slots.items() if number in asked}
 
+    @property
+    def present(self) -> dict[int, Slots]:
+        """The members, and those that are ready beside the one that is asked alone."""
+        ready = self.engine.snapshot.ready
+        return {number: slots for number, slots in self.slots.items() if number in ready or number == self.alone}
+
+    def asked(self) -> dict[int, Slots]:
+        """The members; EngineError where all have gone meanwhile, for what nobody was asked nobody has proven."""
+        members = self.members
+        if not members:
+            phase = self.engine.snapshot.phase
+            raise EngineError(f"no engine is ready any more ({phase}).", "try again when one is")
+        return members
+
     def others(self, replica: int) -> list[int]:
         """The engines that are ready, beside this one."""
         return [number for number in self.engine.snapshot.ready if number != replica]
@@ -81,7 +96,7 @@ class Holders:
 
     def load(self, name: str, folder: Path) -> None:
         """Have all hold an adapter; the error of one that refuses, and then it is taken from the others again."""
-        missing = {number: slots for number, slots in self.members.items() if name not in slots.held}
+        missing = {number: slots for number, slots in self.asked().items() if name not in slots.held}
         try:
             self.each(lambda slots: slots.load(name, folder), missing)
         except BaseException:
@@ -89,8 +104,8 @@ class Holders:
             raise
 
     def unload(self, name: str) -> None:
-        """Have all forget a name."""
-        self.each(lambda slots: slots.unload(name))
+        """Have all that are there forget a name, and be it nobody: a new engine knows none."""
+        self.each(lambda slots: slots.unload(name), self.present)
 
     def prove(self, adapter: Adapter, base: Base, base_name: str, dtype: str) -> Loaded:
         """Prove an adapter alone on each: the one whose replies differ most from training's."""
@@ -123,8 +138,11 @@ class Holders:
                 self.sweep()
 
     def each(self, work: Callable[[Slots], Result], among: Mapping[int, Slots] | None = None) -> list[Result]:
-        """Do it on all engines at once. The first error, which names its replica, when all are done."""
-        asked = self.members if among is None else among
+        """Do it on all engines at once, at least on one, or on those of `among`.
+
+        The first error, which names its replica, when all are done.
+        """
+        asked = self.asked() if among is None else among
         with ThreadPoolExecutor(max(1, len(asked))) as pool:
             futures = {number: pool.submit(work, slots) for number, slots in asked.items()}
         for number, future in futures.items():

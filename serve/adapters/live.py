@@ -32,6 +32,7 @@ from loraport.clients.errors import (
 from loraport.clients.home import Home
 from loraport.serve.adapters.catalog import Catalog, engine_name, open_reference, require_unchanged, split_name
 from loraport.serve.adapters.holders import SWEEP_S, Holders
+from loraport.serve.adapters.join import join
 from loraport.serve.adapters.loading import Slots
 from loraport.serve.adapters.prove import (
     Loaded,
@@ -174,28 +175,16 @@ class Live:
     def restore(self, adapters: Sequence[Adapter] | None = None, replica: int = 0) -> list[Restored]:
         """Load and verify all after a start of an engine: `adapters` and no others, or those of before.
 
-        Beside engines that are ready: all that those serve; any error is raised, because it is no replica then.
+        Beside engines that are ready: all that those serve, or it is no replica (join.py).
 
         Where there are none, one that fails is left out, with its reason. Where base and adapters do not keep apart,
         all are: then nobody knows whose weights are whose. EndpointError where the engine does not answer, and then
         nothing is forgotten.
         """
         with self.lock, self.holders.only(replica):
-            return self.join() if self.holders.others(replica) else self.restore_first(adapters)
+            return join(self) if self.holders.others(replica) else self.restore_first(adapters)
 
     # What these are made of.
-
-    def join(self) -> list[Restored]:
-        """Have a replica hold and prove what the others serve, versions of before included."""
-        for served in self.served.values():
-            for loaded in (served.latest, served.prev):
-                if loaded:
-                    require_unchanged(loaded.adapter, self.home)
-                    self.holders.load(loaded.engine_name, loaded.adapter.folder)
-                    self.prove_alone(loaded.adapter)
-        self.prove_together([served.latest.manifest for served in self.served.values()])
-        self.engine.put(*self.models)  # its context may be the shortest
-        return [Restored(served.latest.adapter, served.latest) for served in self.served.values()]
 
     def restore_first(self, adapters: Sequence[Adapter] | None) -> list[Restored]:
         """Load and verify where no other engine is ready; see `restore`."""

@@ -35,18 +35,23 @@ def socket_path(home: Home, port: int, replica: int = 0) -> Path:
 
     The second where the home's path is too long for a socket, or its file system holds none or cannot keep others out
     (some network and FUSE file systems, shared folders of virtual machines). ResourceError where there is no such
-    folder, or it is somebody else's.
+    folder that is not somebody else's.
     """
     with suppress(OSError):  # it may have come with a copied home, open to all
         home.ensure(home.run).chmod(0o700)
     name = files_name(port, replica)
     if not home.run.stat().st_mode & 0o077 and can_hold(home.run, name):
         return home.run / f"{name}.sock"
+    refused: ResourceError | None = None
     for folder in private_folders(home):
-        make_private(folder)
+        try:
+            make_private(folder)
+        except ResourceError as error:
+            refused = refused or error
+            continue
         if can_hold(folder, name):
             return folder / f"{name}.sock"
-    raise ResourceError(
+    raise refused or ResourceError(
         f"neither {home.run} nor {tempfile.gettempdir()} can hold a Unix socket.",
         "set TMPDIR to a folder with a short path on a disk of this machine",
     )

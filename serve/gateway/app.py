@@ -17,7 +17,7 @@ by what its keeper says (state.py); nothing here starts, checks or loads anythin
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 
 from fastapi import FastAPI
@@ -50,6 +50,7 @@ FORWARDED = (
     "/detokenize",
 )
 PROBE_S = 5.0
+FIGURES_S = 1.0  # for the figures of one of several engines: a scrape must not wait for one that hangs
 
 
 def create_app(engine: EngineState, settings: GatewaySettings) -> FastAPI:
@@ -148,7 +149,8 @@ class Own:
     async def health(self, request: Request) -> Response:
         """GET /health: 200 when an engine says so itself; without a key, for load balancers."""
         request.scope[MARK].route = "/health"
-        statuses = [status for status, _ in (await self.ask_all(self.ready(), "/health", {})).values()]
+        answers = await self.ask_all(self.ready().ready, "/health", {}, PROBE_S, enough=200)
+        statuses = [status for status, _ in answers.values()]
         if not statuses:
             raise not_ready(self.gateway.engine.snapshot)
         if 200 not in statuses:
@@ -160,18 +162,42 @@ class Own:
         request.scope[MARK].route = "/metrics"
         access.may_see_metrics(request.scope, self.gateway.ring, self.gateway.settings)
         snapshot = self.gateway.engine.snapshot
-        answers = await self.ask_all(snapshot, "/metrics", {"accept": "text/plain"})
-        engines = {number: page for number, (status, page) in answers.items() if status == 200}
-        page = await asyncio.to_thread(self.gateway.metrics.page, engines, len(snapshot.replicas) > 1)
+        are_many = len(snapshot.replicas) > 1
+        wait_s = FIGURES_S if are_many else PROBE_S
+        answers = await self.ask_all(snapshot.reachable, "/metrics", {"accept": "text/plain"}, wait_s)
+        engines = {number: page for number, (status, page) in sorted(answers.items()) if status == 200}
+        page = await asyncio.to_thread(self.gateway.metrics.page, engines, are_many)
         return Response(page, media_type=None, headers={"content-type": CONTENT_TYPE})
 
-    async def ask_all(self, snapshot: Snapshot, path: str, headers: dict[str, str]) -> dict[int, tuple[int, bytes]]:
-        """(status, body) of a question to each engine that is ready, by its number; without those that are silent."""
+    async def ask_all(
+        self,
+        engines: Mapping[int, Target],
+        path: str,
+        headers: dict[str, str],
+        wait_s: float,
+        enough: int | None = None,
+    ) -> dict[int, tuple[int, bytes]]:
+        """(status, body) of a question to each engine, by its number; without those that are silent for `wait_s`.
 
-        async def ask(number: int, target: Target) -> tuple[int, tuple[int, bytes]] | None:
+        `enough`: the status of an answer after which nobody else is waited for.
+        """
+        found: dict[int, tuple[int, bytes]] = {}
+
+        async def ask(number: int, target: Target) -> int:
             with contextlib.suppress(Refusal):
-                async with self.gateway.upstream.ask("GET", path, None, headers, PROBE_S, target) as response:
-                    return number, (response.status, await response.read())
-            return None
+                async with self.gateway.upstream.ask("GET", path, None, headers, wait_s, target) as response:
+                    found[number] = response.status, await response.read()
+                    return response.status
+            return 0
 
-        return dict(filter(None, await asyncio.gather(*(ask(*known) for known in snapshot.ready.items()))))
+        asked = [asyncio.create_task(ask(*known)) for known in engines.items()]
+        try:
+            for answer in asyncio.as_completed(asked, timeout=wait_s):
+                if await answer == enough:
+                    break
+        except TimeoutError:
+            pass
+        finally:
+            for task in asked:
+                task.cancel()
+        return found

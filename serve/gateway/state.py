@@ -76,13 +76,22 @@ class Target:
 
 @dataclass(frozen=True)
 class Replica:
-    """One engine at one moment. `since` and `expected_s` count on the monotonic clock."""
+    """One engine at one moment. `since` and `expected_s` count on the monotonic clock.
+
+    `was_ready`: in the phase before this one.
+    """
 
     phase: Phase = Phase.STARTING
     reason: str = ""
     since: float = field(default_factory=time.monotonic)
     expected_s: float | None = None
     target: Target = Target()
+    was_ready: bool = False
+
+    @property
+    def answers(self) -> bool:
+        """Whether it is ready, or was until all were told to stop."""
+        return self.phase is Phase.READY or (self.phase is Phase.DRAINING and self.was_ready)
 
     def left_s(self, now: float | None = None) -> int | None:
         """Whole seconds until the phase should be over; None when nobody knows, or it should be over by now."""
@@ -137,6 +146,11 @@ class Snapshot:
     def ready(self) -> dict[int, Target]:
         """The engines that take requests, by their numbers."""
         return {number: each.target for number, each in enumerate(self.replicas) if each.phase is Phase.READY}
+
+    @property
+    def reachable(self) -> dict[int, Target]:
+        """The engines that answer: those, and while it is stopped those that were ready, for what was let in before."""
+        return {number: each.target for number, each in enumerate(self.replicas) if each.answers}
 
     def find(self, name: str) -> Model | None:
         """The model of that id or alias."""
@@ -194,7 +208,8 @@ class EngineState:
         replicas = list(self._snapshot.replicas)
         for number, known in enumerate(replicas):
             if replica in (None, number) and known.phase is not Phase.DRAINING:
-                replicas[number] = replace(known, since=time.monotonic(), **fields)
+                was = known.phase is Phase.READY
+                replicas[number] = replace(known, since=time.monotonic(), was_ready=was, **fields)
         self._snapshot = replace(self._snapshot, replicas=tuple(replicas))
 
     def put(self, *models: Model, drop: Collection[str] = ()) -> None:

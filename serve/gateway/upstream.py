@@ -32,6 +32,7 @@ READ_BYTES = 256 << 10
 WHOLE_BYTES = 8 << 20  # a reply up to here is sent when it is complete, so that a crash costs no half of it
 NO_CHOICES = re.compile(rb'(?<!\\)"choices":\s*\[\]')
 TO_ENGINE = ("accept", "anthropic-version", "anthropic-beta", "traceparent", "tracestate")
+COUNTING = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")  # no work for the GPU
 TO_CLIENT = ("content-type", "content-length", "content-encoding", "cache-control", "retry-after")
 
 
@@ -67,12 +68,16 @@ class Upstream:
         for session in self.sessions.values():
             await session.close()
 
-    def targets(self) -> list[Target]:
-        """The replicas that are ready, the one to ask first; at the same number of requests they take turns."""
-        ready = self.engine.snapshot.ready
-        turns = sorted(ready, key=lambda number: (self.in_flight[ready[number]], number <= self.last, number))
-        self.last = turns[0] if turns else self.last
-        return [ready[number] for number in turns]
+    def targets(self, path: str) -> list[Target]:
+        """The replicas that answer, the one to ask first; at the same number of requests they take turns.
+
+        Counting tokens is no turn: else, where each prompt is counted first, all prompts would go to the same one.
+        """
+        there = self.engine.snapshot.reachable
+        turns = sorted(there, key=lambda number: (self.in_flight[there[number]], number <= self.last, number))
+        if turns and path not in COUNTING:
+            self.last = turns[0]
+        return [there[number] for number in turns]
 
     @asynccontextmanager
     async def ask(
@@ -89,7 +94,7 @@ class Upstream:
         Refusal 503 or 504 where there is none, or where it breaks.
         """
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self.settings.connect_s, sock_read=read_s)
-        for chosen in [target] if target else self.targets():
+        for chosen in [target] if target else self.targets(path):
             self.in_flight[chosen] += 1
             try:
                 async with self.session(chosen).request(
