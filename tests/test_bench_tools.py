@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from loraport.bench.serving.caches import Caches, drop_files, folders_of, is_ours
@@ -164,6 +165,24 @@ def test_random_adapters_load_in_peft(tiny_base: Path, tmp_path: Path) -> None:
     own = {key.replace(".default", ""): value for key, value in model.named_parameters() if "lora_" in key}
     assert {key: tuple(value.shape) for key, value in own.items()} == {key: each.shape for key, each in first.items()}
     assert all((own[key].detach().numpy() == each).all() for key, each in first.items())
+
+
+@pytest.mark.parametrize("shape", ["tiny", "qwen3-1.7b"])
+def test_weights_are_those_of_transformers_and_take_no_room(shape: str, tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    make_base(shape, tmp_path / "base", has_weights=True)
+    path = tmp_path / "base" / "model.safetensors"
+    assert path.stat().st_blocks * 512 < 2**20
+    with torch.device("meta"):
+        wanted = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "base"))
+    tied = set(wanted.all_tied_weights_keys or ())
+    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.state_dict().items() if name not in tied}
+    with safe_open(path, "pt") as file:
+        assert {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()} == shapes  # noqa: SIM118
+    if shape == "tiny":
+        assert not any(p.any() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "base").parameters())
 
 
 def test_a_base_of_a_shape_has_a_word_for_every_token(tmp_path: Path) -> None:

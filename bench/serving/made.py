@@ -10,6 +10,7 @@ is a token, for engines that make up weights themselves (vLLM's `--load-format d
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,11 @@ TEMPLATE = (
 )
 
 
-def make_base(shape: str, folder: Path, context: int = 32768) -> None:
-    """Write config.json and a tokenizer of a shape of `loraport bench train`; the folder must be new or empty."""
+def make_base(shape: str, folder: Path, context: int = 32768, has_weights: bool = False) -> None:
+    """Write config.json and a tokenizer of a shape of `loraport bench train`; the folder must be new or empty.
+
+    `has_weights`: zeros too, as a file with holes that takes no room on disk, for commands that ask for weights.
+    """
     require_new(folder)
     known = SHAPES[shape]
     config = {
@@ -53,6 +57,38 @@ def make_base(shape: str, folder: Path, context: int = 32768) -> None:
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", {"eos_token_id": 0})
     write_tokenizer(folder, int(known["vocab_size"]), context)
+    if has_weights:
+        write_zeros(folder / "model.safetensors", tensors(config))
+
+
+def tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors by name, as transformers has them for the kinds of ARCHITECTURES but qwen2."""
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+    head = config.get("head_dim") or hidden // config["num_attention_heads"]
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    found |= {f"{name}.weight": (outer, inner) for name, (inner, outer) in linears(config, ALL).items()}
+    for layer in (f"model.layers.{number}" for number in range(config["num_hidden_layers"])):
+        found |= {f"{layer}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+        if config["model_type"] == "qwen3":
+            found |= {f"{layer}.self_attn.{name}_norm.weight": (head,) for name in ("q", "k")}
+    found["model.norm.weight"] = (hidden,)
+    if not config.get("tie_word_embeddings"):
+        found["lm_head.weight"] = (vocabulary, hidden)
+    return found
+
+
+def write_zeros(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """A safetensors file of zeros in bfloat16: its header, and then nothing up to its full length."""
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        end = at + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
+    text += b" " * (-len(text) % 8)
+    with os_errors("writing", path), path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
 
 
 def write_tokenizer(folder: Path, size: int, context: int) -> None:

@@ -141,16 +141,18 @@ def bench_make_base(
     shape: Annotated[str, typer.Option(help="Such as llama-3.2-1b, qwen3-8b or tiny; see bench plan.")],
     out: Annotated[Path, typer.Option(help="A new folder for it.")],
     context: Annotated[int, typer.Option(min=16, help="Its longest context in tokens.")] = 32768,
+    weights: Annotated[bool, typer.Option("--weights", help="With zeros, which take no room on disk.")] = False,
 ) -> None:
     """Make the folder of a base of a real shape, without weights.
 
     For engines that make up weights themselves, as vLLM does with --load-format dummy. Its tokenizer has a word for
-    every token, so that lengths are exact.
+    every token, so that lengths are exact. `loraport serve` asks for weights: give it --weights, and to the engine
+    --load-format dummy.
     """
     from loraport.bench.serving.made import billions, make_base
     from loraport.bench.tables import known
     from loraport.bench.training.cases import SHAPES
 
-    make_base(known("shape", shape, SHAPES), out, context)
+    make_base(known("shape", shape, SHAPES), out, context, weights)
     say(f"{shape}, {billions(shape):.2f}B parameters, in {out}", "bold green")
     say(f"next: vllm serve {shlex.quote(str(out))} --load-format dummy")
