@@ -49,15 +49,40 @@ GROUPS = {
                 "bench_lora_tax",
                 "Measure what adapters cost against their base, interleaved in one run.",
             ),
+            "adapters": (
+                "loraport.bench.serving.adapters_cli",
+                "bench_adapters",
+                "Measure many adapters at once: by popularity, cold, warm and hot, and where it tips.",
+            ),
             "gateway": (
                 "loraport.bench.serving.cli",
                 "bench_gateway",
                 "Measure what a gateway adds: the same load through it and past it.",
             ),
+            "kv": (
+                "loraport.bench.serving.kv_cli",
+                "bench_kv",
+                "Measure how much context a server takes, and how many requests its KV cache holds.",
+            ),
             "startup": (
                 "loraport.bench.serving.tools_cli",
                 "bench_startup",
                 "Measure how long a serve command takes to start, cold and warm.",
+            ),
+            "all": (
+                "loraport.bench.serving.report_cli",
+                "bench_all",
+                "Run a selection of the benches within a time budget, and make a report of them.",
+            ),
+            "report": (
+                "loraport.bench.serving.report_cli",
+                "bench_report",
+                "Make one self-contained HTML page of the documents of benches, with JSON and CSV.",
+            ),
+            "compare": (
+                "loraport.bench.serving.report_cli",
+                "bench_compare",
+                "Show how two runs of the same bench differ; fail where the second is worse.",
             ),
             "plan": (
                 "loraport.bench.serving.plan_cli",

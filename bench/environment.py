@@ -86,10 +86,18 @@ def gpu_memory_used() -> int | None:
 
 def server_command(host: str, port: int) -> list[str] | None:
     """The command line of the process of this machine that listens on a port, secrets hidden; None where unknown."""
+    found = server_process(host, port)
+    with suppress(psutil.Error):
+        return hide_secrets(found.cmdline()) if found else None
+    return None
+
+
+def server_process(host: str, port: int) -> psutil.Process | None:
+    """The process of this machine that listens on a port; None where it is not known."""
     if host not in ("127.0.0.1", "localhost", "::1"):
         return None
     with suppress(psutil.Error, OSError):
         for one in psutil.net_connections(kind="inet"):
             if one.status == psutil.CONN_LISTEN and one.laddr and one.laddr.port == port and one.pid:
-                return hide_secrets(psutil.Process(one.pid).cmdline())
+                return psutil.Process(one.pid)
     return None

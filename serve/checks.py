@@ -14,7 +14,8 @@ import psutil
 from loraport.clients.endpoint import is_alive, read_records
 from loraport.clients.errors import AdapterError, BaseModelError, ResourceError, UsageError
 from loraport.clients.home import Home
-from loraport.serve.adapters.catalog import open_reference
+from loraport.clients.terminal import say
+from loraport.serve.adapters.catalog import Catalog, entry_of, open_reference
 from loraport.serve.engine import versions
 from loraport.serve.engine.leftovers import read_traces
 from loraport.serve.gateway.keys import read as read_keys
@@ -110,16 +111,27 @@ def open_adapters(
 ) -> list[Adapter]:
     """The adapters, known to be whole and servable, each name once.
 
-    One that PEFT saved elsewhere is opened for `model`, by default for the base that it names.
+    One that PEFT saved elsewhere is opened for `model`, by default for the base that it names. A name alone means its
+    newest version, unless that was served and given up for another: a restart must not undo a rollback.
     """
     adapters: dict[str, Adapter] = {}
     for reference in references:
         adapter = open_reference(home, reference, version, model)
         name = adapter.manifest.name
+        if reference == name and was_rolled_back(home, adapter):
+            newest = adapter.manifest.version
+            adapter = open_reference(home, f"{name}:latest", version, model)
+            say(f"{name}: {adapter.manifest.version}, which took over from {newest}; {name}@{newest} serves that one.")
         if name in adapters:
             raise UsageError(f"two of the adapters are called {name}.", "serve one version of an adapter at a time")
         adapters[name] = adapter
     return list(adapters.values())
+
+
+def was_rolled_back(home: Home, adapter: Adapter) -> bool:
+    """Whether another version took over from this one last."""
+    aliases = Catalog(home).aliases(adapter.manifest.name)
+    return bool(aliases.latest) and aliases.prev == entry_of(adapter)
 
 
 def find_base(model: str | None, adapters: list[Adapter]) -> Base:

@@ -7,6 +7,7 @@ with Misbehaving(["good", "cut"]) as server:
 import json
 import threading
 from http.server import BaseHTTPRequestHandler
+from socket import SHUT_WR
 from typing import Any
 
 from tests.loopback import Loopback
@@ -102,6 +103,53 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.shutdown(2)
         self.close_connection = True
 
+    def half(self, body: dict[str, Any]) -> None:
+        """Half of a stream, then no more is written, while the connection stays open for reading."""
+        self.begin()
+        self.text(body, " x")
+        self.connection.shutdown(SHUT_WR)
+        self.owner.closing.wait(0.2)
+        self.close_connection = True
+
+    def locked(self, body: dict[str, Any]) -> None:
+        """Lists its models to everyone, and answers nobody."""
+        self.answer(401, {"error": {"message": "Incorrect API key provided"}})
+
+    def busy(self, body: dict[str, Any]) -> None:
+        """429, with the time to come back."""
+        self.answer(429, {"error": {"message": "too many"}}, ("Retry-After", "7"))
+
+    def late(self, body: dict[str, Any]) -> None:
+        """A status line, and then its headers do not come."""
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/ev")
+        self.owner.closing.wait()
+        self.close_connection = True
+
+    def garbage(self, body: dict[str, Any]) -> None:
+        """Events that are no JSON."""
+        self.begin()
+        self.write("data: \x00\x01{not json\n\n")
+        self.end(body, usage=True)
+
+    def odd(self, body: dict[str, Any]) -> None:
+        """JSON of another kind, and a usage of words."""
+        self.begin()
+        self.text(body, " x")
+        self.event({"choices": [], "usage": {"prompt_tokens": "some", "completion_tokens": "many"}})
+        self.write("data: [DONE]\n\n")
+        self.wfile.write(b"0\r\n\r\n")
+
+    def echo(self, body: dict[str, Any]) -> None:
+        """A reply that tells how many turns it has seen, and takes all but the last from its cache."""
+        turns = len(body["messages"])
+        self.begin()
+        self.text(body, f"reply {turns}")
+        details = {"cached_tokens": 4 * (turns - 1) if turns > 2 else 0}
+        used = {"prompt_tokens": 4 * turns, "completion_tokens": 2, "prompt_tokens_details": details}
+        self.event({"choices": [], "usage": used})
+        self.write("data: [DONE]\n\n")
+        self.wfile.write(b"0\r\n\r\n")
+
     def gone(self, body: dict[str, Any]) -> None:
         """No answer at all."""
         self.connection.shutdown(2)
@@ -165,11 +213,13 @@ class Handler(BaseHTTPRequestHandler):
         data = text.encode()
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
 
-    def answer(self, status: int, document: dict[str, Any]) -> None:
+    def answer(self, status: int, document: dict[str, Any], *headers: tuple[str, str]) -> None:
         """A JSON document."""
         data = json.dumps(document).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
+        for name, value in headers:
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)

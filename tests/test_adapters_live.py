@@ -20,6 +20,7 @@ from loraport.clients.errors import (
     VerificationError,
 )
 from loraport.clients.home import Home
+from loraport.serve import checks
 from loraport.serve.adapters.catalog import Catalog, open_reference, require_unchanged
 from loraport.serve.adapters.live import Live
 from loraport.serve.adapters.loading import GUARD, make_zeros
@@ -426,3 +427,22 @@ def test_a_full_disk_is_told_of_before_a_load(home: Home, base: Base, monkeypatc
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(ResourceError, match="no disk space left while writing"):
         make_zeros(home, folder)
+
+
+def test_a_restart_undoes_no_rollback(home: Home, base: Base, capsys: pytest.CaptureFixture[str]) -> None:
+    def started(reference: str = "demo") -> str:
+        [adapter] = checks.open_adapters(home, [reference], V32, str(base.folder))
+        return adapter.manifest.version
+
+    write_version(home, base, "v1")
+    with bench(home, base) as made:
+        made.live.load("demo@v1")
+        write_version(home, base, "v2")
+        assert started() == "v2"  # it was never served
+        made.live.load("demo@v2")
+        assert started() == "v2"
+        made.live.rollback("demo")
+        assert started() == "v1" and started("demo@v2") == "v2"
+        assert "demo: v1, which took over from v2; demo@v2 serves that one." in capsys.readouterr().err
+        write_version(home, base, "v3")
+        assert started() == "v3"

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import statistics
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 from socket import SHUT_WR
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from loraport.bench.load.arrivals import arrivals
+from loraport.bench.load.arrivals import arrivals, ramped
+from loraport.bench.load.conversation import Talk
 from loraport.bench.load.figures import read_records
 from loraport.bench.load.fleet import Fleet, NullServer
 from loraport.bench.load.prompts import Prompts, Source
@@ -114,6 +116,11 @@ def test_gaps_are_known_within_half_a_percent() -> None:
         ("failing", "stream error", 200),
         ("empty", "no tokens", 200),
         ("whole", "not a stream", 200),
+        ("half", "cut", 200),
+        ("locked", "4xx", 401),
+        ("busy", "429", 429),
+        ("garbage", "stream error", 200),
+        ("odd", "stream error", 200),
     ],
 )
 def test_every_trouble_has_its_name(model: str, error: str, status: int) -> None:
@@ -121,6 +128,24 @@ def test_every_trouble_has_its_name(model: str, error: str, status: int) -> None
         got = ask(server.base_url, model)
     assert (got.error, got.status) == (error, status)
     assert not error or error in ERRORS
+
+
+def test_headers_that_do_not_come_are_a_timeout() -> None:
+    with Misbehaving(["late"]) as server:
+        got = ask(server.base_url, "late", timeout_s=0.3)
+    assert (got.error, got.status) == ("timeout", 0)
+
+
+def test_an_event_without_end_does_not_fill_the_memory() -> None:
+    reply = Reply()
+    for _ in range(20):
+        reply.feed(b"x" * (1 << 20), 1.0)
+    assert reply.error == "stream error" and len(reply.carry) <= 1 << 24
+
+
+def test_a_server_says_when_to_come_back() -> None:
+    with Misbehaving(["busy"]) as server:
+        assert ask(server.base_url, "busy").said == "too many (Retry-After: 7)"
 
 
 def test_what_the_server_says_is_kept_in_a_line() -> None:
@@ -194,6 +219,42 @@ def test_prompts_are_unique_exact_and_the_same_for_the_same_seed() -> None:
     assert bodies[0]["stream_options"] == {"include_usage": True}
 
 
+@pytest.mark.parametrize(
+    ("parts", "length", "is_unique"), [(64, 8, True), (64, 6, False), (2, 41, True), (1, 99, False)]
+)
+def test_prompts_with_room_for_their_numbers_cannot_be_the_same(parts: int, length: int, is_unique: bool) -> None:
+    source = Source("ids", "/completions", [str(n) for n in range(parts)], (length, length), (1, 1), seed=1)
+    assert source.all_unique == is_unique
+    stage = 1 << 24
+    numbers = [*range(300), *range(stage, stage + 300), *range(9 * stage, 9 * stage + 300), 1 << 40]
+    prompts = {Prompts(source).body(number, "m") for number in numbers} if is_unique else set(numbers)
+    assert len(prompts) == 901
+
+
+def test_rows_are_told_apart_by_a_mark_unless_they_are_sent_as_they_are() -> None:
+    row = json.dumps([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+    source = Source("rows", "/chat/completions", [row], (1, 1), (4, 4), seed=1)
+    bodies = [json.loads(Prompts(source).body(number, "m"))["messages"] for number in (0, 1, 36)]
+    assert [messages[1]["content"] for messages in bodies] == ["[0] Hi", "[1] Hi", "[10] Hi"]
+    assert {messages[0]["content"] for messages in bodies} == {"Be brief."}, "a prefix that all share stays one"
+    plain = json.loads(Prompts(replace(source, as_is=True)).body(7, "m"))["messages"]
+    assert plain == json.loads(row)
+
+
+def test_a_conversation_goes_on_with_the_servers_replies() -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}
+    told = {"role": "tool", "content": "12", "tool_call_id": "1"}
+    first, second = {"role": "user", "content": "a"}, {"role": "user", "content": "b"}
+    talk = Talk([first, {"role": "assistant", "content": "recorded"}, second, call, told, call])
+    assert talk.ask() == [first] and talk.turn == 1
+    talk.hear("heard")
+    assert talk.ask() == [first, {"role": "assistant", "content": "heard"}, second]
+    talk.hear("words in place of a call")
+    assert (talk.ask() or [])[-2:] == [call, told], "the answer of a tool needs its call"
+    talk.hear("")
+    assert talk.ask() is None and talk.turn == 3
+
+
 def test_words_leave_room_for_what_the_server_adds() -> None:
     source = Source("words", "/chat/completions", ["tea"], (20, 20), (4, 4), seed=1, overhead=6)
     (message,) = json.loads(Prompts(source).body(0, 'a "b"'))["messages"]
@@ -208,6 +269,14 @@ def test_arrivals_have_their_rate_and_their_burstiness() -> None:
         assert statistics.mean(gaps) == pytest.approx(0.02, rel=0.05)
         assert statistics.stdev(gaps) / statistics.mean(gaps) == pytest.approx(spread, rel=0.1)
         assert times[:9] == list(islice(arrivals(kind, 50.0, burstiness, 3), 9))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("first", "last"), [(1.0, 9.0), (9.0, 1.0), (4.0, 4.0)])
+def test_a_ramp_goes_evenly_from_rate_to_rate(first: float, last: float) -> None:
+    times = list(ramped(arrivals("constant", 1, 1, 0), first, last, seconds=10))
+    assert len(times) == round(10 * (first + last) / 2) and times == sorted(times) and times[-1] < 10
+    middle = sum(time < 5 for time in times)
+    assert middle == pytest.approx(5 * (first + (first + last) / 2) / 2, abs=1)
 
 
 @pytest.mark.parametrize(("processes", "concurrency"), [(1, 3), (2, 3), (3, 2)])
@@ -234,7 +303,19 @@ def test_a_server_that_only_refuses_is_left_alone(tmp_path: Path) -> None:
             (effort,) = fleet.run(Stage(number, "", [Target(server.base_url, "good")], load, seconds=600))
             assert effort.gave_up
     for records in read_records(tmp_path).values():
-        assert 50 <= records.errors["429"] == records.requests < 500
+        assert 50 <= records.errors["429"] <= records.requests < 500
+        assert set(records.errors) <= {"429", "stopped"}, "those under way when it was given up"
+
+
+def test_what_is_late_is_cut_off_where_a_stage_has_an_end(tmp_path: Path) -> None:
+    source = Source("words", "/completions", ["x"], (4, 4), (5, 5), seed=1)
+    with Misbehaving(["hanging"]) as server, Fleet(source, tmp_path) as fleet:
+        for number, load in enumerate((Load("open", rate=20), Load("closed", 3))):
+            target = Target(server.base_url, "hanging")
+            (effort,) = fleet.run(Stage(number, "", [target], load, seconds=1.0, drain_s=0.2))
+            assert not effort.gave_up
+    for records in read_records(tmp_path).values():
+        assert set(records.errors) == {"stopped"} and records.requests >= 1
 
 
 def test_a_record_line_that_was_cut_by_a_kill_is_left_out(tmp_path: Path) -> None:

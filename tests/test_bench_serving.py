@@ -104,11 +104,17 @@ def test_a_server_without_ignore_eos_is_measured_all_the_same(capsys: pytest.Cap
         ("failing", "an error inside the stream: the engine died"),
         ("whole", "not with a stream of events"),
         ("empty", "a stream without a token"),
+        ("half", "connection closed before the end"),
+        ("locked", "refuses the API key: Incorrect API key provided"),
+        ("busy", "refuses more requests: too many (Retry-After: 7)"),
+        ("garbage", "an error inside the stream"),
+        ("odd", "an error inside the stream"),
+        ("late", "not answered in time"),
     ],
 )
 def test_a_server_that_cannot_be_measured_is_refused_in_words(model: str, message: str) -> None:
     with Misbehaving([model]) as server, pytest.raises(EndpointError) as caught:
-        bench_throughput(server.base_url, requests=3, **SMALL)
+        bench_throughput(server.base_url, requests=3, **(SMALL | {"timeout": 2.0}))
     assert message in caught.value.message and caught.value.hint
 
 
@@ -173,8 +179,11 @@ def test_rows_of_your_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     path.write_text(json.dumps({"messages": turns}) + "\n")
     with Misbehaving(["good"]) as server:
         bench_throughput(server.base_url, requests=3, data=path, json=True, **SMALL)
-        assert server.seen[-1]["messages"] == turns[:1] and "ignore_eos" not in server.seen[-1]
-    assert document_of(capsys)["workload"]["rows"] == 1
+        assert server.seen[-1]["messages"][0]["content"].endswith("] Who sells tea?")
+        assert "ignore_eos" not in server.seen[-1]
+        assert document_of(capsys)["workload"]["rows"] == 1
+        bench_throughput(server.base_url, requests=3, data=path, as_is=True, **SMALL)
+        assert server.seen[-1]["messages"] == turns[:1]
 
 
 def test_ctrl_c_tells_what_has_run_and_leaves_no_process(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_the_help_of_a_group_and_of_its_commands() -> None:
         (["train", "--model", "/none", "--data", "/none.jsonl"], 2, "error: there is no data file /none.jsonl."),
         (["train", "--config", "/none.yaml"], 2, "error: there is no configuration file /none.yaml."),
         (["adapters", "show", "nobody"], 3, "error: there is no adapter nobody"),
-        (["serve", "nobody"], 3, "error: there is no adapter nobody"),
+        (["serve", "nobody", "--port", "18733"], 3, "error: there is no adapter nobody"),
         (["env"], 3, "error: no endpoint of Loraport runs on this machine."),
     ],
 )

@@ -13,13 +13,13 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
+from loraport.clients.charts import Scale, Series, line_chart, number, smooth, thin
 from loraport.clients.errors import ConfigError, Shortfall
 from loraport.train.config import load_config
 from loraport.train.defaults import Choice
 from loraport.train.loop import progress
 from loraport.train.loop.progress import MANY_STEPS, Phases, ProgressCallback, clock, took
 from loraport.train.manifest import BaseIdentity, DataCounts, Manifest
-from loraport.train.proof.charts import Scale, Series, line_chart, number, smooth, thin
 from loraport.train.proof.evaluate import Comparison, HeldOut, Sample
 from loraport.train.proof.gate import METRICS, check_requirements, find_unmet, parse_requirement, parse_requirements
 from loraport.train.proof.report import describe_run, mark_differences, write_report

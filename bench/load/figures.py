@@ -84,16 +84,33 @@ class Records:
         return np.array(self.columns[name], dtype=np.float64)
 
 
-def read_records(folder: Path, key: Callable[[Record], Any] = lambda record: record.stage) -> dict[Any, Records]:
-    """All records of a folder by stage, or by another key. A line that was cut off by a kill is left out."""
+def read_records(
+    folder: Path,
+    key: Callable[[Record], Any] = lambda record: record.stage,
+    since: dict[str, int] | None = None,
+    until: dict[str, int] | None = None,
+) -> dict[Any, Records]:
+    """All records of a folder by stage, or by another key. A line that was cut off by a kill is left out.
+
+    `since`, `until`: the bytes of each file between which to read, as `sizes` tells them.
+    """
     found: dict[Any, Records] = {}
     for path in sorted(folder.glob("records-*.jsonl")):
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
+            at = lines.seek((since or {}).get(path.name, 0))
             for line in lines:
-                if line.endswith("}\n"):
+                if until and at >= until.get(path.name, at):
+                    break
+                at += len(line)
+                if line.endswith(b"}\n"):
                     record = Record.parse(line)
                     found.setdefault(key(record), Records()).add(record)
     return found
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """How far the records of a folder go."""
+    return {path.name: path.stat().st_size for path in folder.glob("records-*.jsonl")}
 
 
 def summarize(records: Records, load: Load, limits: dict[str, float]) -> dict[str, Any]:
@@ -168,11 +185,12 @@ def steady(records: Records, load: Load) -> dict[str, float] | None:
     """Tokens/s while the load was whole: without the ramp at its front and the drain at its end.
 
     Closed loop: from the moment when as many requests have ended as run at once, to the last one that was sent. Open
-    loop: from a median E2E after the start to the last that was due. None where that is shorter than a median E2E.
+    loop: from a median E2E after the start to the last that was due. None where that is shorter than a median E2E, and
+    along a ramp.
     A request's tokens count evenly between its first and its last chunk.
     """
     due, first, last = (records.column(name) for name in ("due", "first", "last"))
-    if len(due) < 2:
+    if len(due) < 2 or load.ramp_s:
         return None
     median = float(np.median(last - due))
     if load.kind == "closed":

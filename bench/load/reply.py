@@ -14,13 +14,15 @@ from typing import Any
 
 from loraport.bench.load.record import LONGEST_QUOTE, Record, bucket_of
 
+LONGEST_EVENT = 1 << 24  # bytes; a stream without ends of events must not fill the memory
 TEXTS = ("content", "reasoning_content", "reasoning", "tool_calls")
 
 
 class Reply:
-    """The timeline of one reply. `done`: the server said [DONE]."""
+    """The timeline of one reply. `done`: the server said [DONE]; `words`: its content, where it is kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, keeps_words: bool = False) -> None:
+        self.words: list[str] | None = [] if keeps_words else None
         self.carry = b""
         self.first: float | None = None
         self.first_text: float | None = None
@@ -40,6 +42,9 @@ class Reply:
         *events, self.carry = (self.carry + data if self.carry else data).split(b"\n\n")
         for event in events:
             self.take(event, at)
+        if len(self.carry) > LONGEST_EVENT:
+            self.fail("stream error", f"an event of more than {LONGEST_EVENT >> 20} MiB")
+            self.carry = b""
 
     def take(self, event: bytes, at: float) -> None:
         """Take one event; comments and names of events are of no interest."""
@@ -62,8 +67,8 @@ class Reply:
             self.see(choices[0], at)
         used = document.get("usage")
         if used:
-            self.prompt, self.completion = used.get("prompt_tokens"), used.get("completion_tokens")
-            self.cached = (used.get("prompt_tokens_details") or {}).get("cached_tokens")
+            self.prompt, self.completion = tokens(used, "prompt_tokens"), tokens(used, "completion_tokens")
+            self.cached = tokens(used.get("prompt_tokens_details") or {}, "cached_tokens")
         if "error" in document:
             said = document["error"]
             self.fail("stream error", str(said.get("message", said) if isinstance(said, dict) else said))
@@ -84,6 +89,8 @@ class Reply:
             self.gaps[bucket] = self.gaps.get(bucket, 0) + 1
         if has_text and self.first_text is None:
             self.first_text = at
+        if self.words is not None:
+            self.words.append(str((delta or choice).get("content") or ""))
         self.last = at
         self.chunks += 1
 
@@ -107,3 +114,11 @@ class Reply:
         record.gaps = [number for pair in sorted(self.gaps.items()) for number in pair]
         record.prompt_tokens, record.completion_tokens = self.prompt, self.completion
         record.cached_tokens = self.cached
+
+
+def tokens(used: dict[str, Any], name: str) -> int | None:
+    """A number of tokens of `usage`; None where it is not told, ValueError where it is no number of tokens."""
+    found = used.get(name)
+    if found is not None and (not isinstance(found, int) or isinstance(found, bool) or found < 0):
+        raise ValueError(f"{name} is {found!r}")
+    return found

@@ -33,16 +33,17 @@ COUNTERS = {
 
 
 class Server:
-    """A base URL, `http://…/v1` or `unix:/path`. The key is taken from OPENAI_API_KEY."""
+    """A base URL, `http://…/v1` or `unix:/path`. The key is taken from OPENAI_API_KEY. `timeout_s`: of a request."""
 
-    def __init__(self, base_url: str) -> None:
+    def __init__(self, base_url: str, timeout_s: float = 600) -> None:
+        self.timeout_s = timeout_s
         self.base_url, self.address = base_url, Address.parse(base_url)
         self.key = os.environ.get("OPENAI_API_KEY", "")
         scheme = "https" if self.address.is_tls else "http"
         self.root = f"{scheme}://{self.address.authority}{self.address.path}"
         transport = httpx.HTTPTransport(uds=self.address.socket) if self.address.socket else None
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        self.http = httpx.Client(timeout=PATIENCE_S, headers=headers, transport=transport)
+        self.http = httpx.Client(timeout=min(PATIENCE_S, timeout_s), headers=headers, transport=transport)
 
     def __enter__(self) -> Self:
         return self
@@ -90,24 +91,28 @@ class Server:
 
     def counters(self) -> dict[str, float]:
         """Those of COUNTERS that /metrics has, summed over engines."""
-        try:
-            text = self.http.get(self.beside("/metrics")).text
-        except httpx.HTTPError:
-            return {}
-        found = {}
+        text, found = self.metrics(), {}
         for name, metric in COUNTERS.items():
             values = re.findall(rf"^{re.escape(metric)}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
             if values:
                 found[name] = sum(map(float, values))
         return found
 
-    def ask(self, source: Source, number: int, model: str, timeout_s: float = 600) -> Exchange:
+    def metrics(self) -> str:
+        """The page of /metrics; empty where it has none for us."""
+        try:
+            answer = self.http.get(self.beside("/metrics"))
+        except httpx.HTTPError:
+            return ""
+        return answer.text if answer.status_code == 200 else ""
+
+    def ask(self, source: Source, number: int, model: str, timeout_s: float | None = None) -> Exchange:
         """One request as the load sends it."""
 
         async def once() -> Exchange:
             pool = Pool(self.address, self.key, time.monotonic)
             try:
-                return await pool.ask(source.route, Prompts(source).body(number, model), timeout_s)
+                return await pool.ask(source.route, Prompts(source).body(number, model), timeout_s or self.timeout_s)
             finally:
                 pool.close()
 

@@ -64,10 +64,10 @@ class Address:
 class Exchange(Reply):
     """A reply with what belongs to its request. `status`: 0 until there are headers."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, keeps_words: bool = False) -> None:
+        super().__init__(keeps_words)
         self.sent, self.status, self.any_bytes, self.is_events = 0.0, 0, False, False
-        self.refusal = b""
+        self.refusal, self.retry_after = b"", ""
 
 
 class Connection(asyncio.Protocol):
@@ -110,6 +110,8 @@ class Connection(asyncio.Protocol):
         """The parser's."""
         if name.lower() == b"content-type" and self.exchange:
             self.exchange.is_events = value.lower().startswith(b"text/event-stream")
+        elif name.lower() == b"retry-after" and self.exchange:
+            self.exchange.retry_after = value.decode(errors="replace")
 
     def on_headers_complete(self) -> None:
         """The parser's."""
@@ -144,7 +146,8 @@ class Connection(asyncio.Protocol):
         if exchange is None:
             return
         if exchange.status not in (0, 200):
-            exchange.fail(kind_of_status(exchange.status), words_of(exchange.refusal))
+            later = f" (Retry-After: {exchange.retry_after})" if exchange.retry_after else ""
+            exchange.fail(kind_of_status(exchange.status), words_of(exchange.refusal) + later)
         elif exchange.status == 200 and not exchange.is_events:
             exchange.fail("not a stream", exchange.refusal.decode(errors="replace"))
         elif error and not exchange.done:
@@ -177,10 +180,10 @@ class Pool:
         head = f"POST {self.address.path}{route}{self.headers}Content-Length: {len(body)}\r\n\r\n"
         return head.encode() + body
 
-    async def ask(self, route: str, body: bytes, timeout_s: float) -> Exchange:
-        """One request on a free connection, or on a new one."""
+    async def ask(self, route: str, body: bytes, timeout_s: float, exchange: Exchange | None = None) -> Exchange:
+        """One request on a free connection, or on a new one. `exchange`: one that the caller looks at meanwhile."""
         request = self.request(route, body)
-        exchange = Exchange()
+        exchange = exchange or Exchange()
         exchange.sent = self.clock()
         connection: Connection | None = None
         try:
@@ -190,7 +193,7 @@ class Pool:
                 await connection.ask(request, exchange)
                 if reused and exchange.error == "cut" and not exchange.any_bytes:
                     # The server closed an idle connection at this moment; that says nothing about the request.
-                    exchange = Exchange()
+                    exchange = Exchange(exchange.words is not None)
                     connection = await self.open()
                     await connection.ask(request, exchange)
         except TimeoutError:

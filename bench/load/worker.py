@@ -15,20 +15,20 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import IO, Any
 
-from loraport.bench.load.arrivals import arrivals
 from loraport.bench.load.prompts import Prompts
 from loraport.bench.load.record import Record, bucket_of
-from loraport.bench.load.stage import Effort, Orders, Stage
-from loraport.bench.load.wire import Address, Pool
+from loraport.bench.load.stage import Effort, Orders, Stage, Target
+from loraport.bench.load.wire import Address, Exchange, Pool
 
 TICK_S = 0.01  # of the timer whose lateness is measured
 TELL_S = 0.5
 PAUSE_S = 0.1  # after a request that failed, in a closed loop: a server that refuses is not asked a million times
+NEVER_S = 1e9
 PATIENCE = 50  # failures in a row, without an answer, after which a stage is given up
 
 
@@ -47,7 +47,7 @@ class Worker:
         """One stage, from `start` on; what its requests did is on disk when this returns."""
         self.ends_early, self.failures_in_a_row, self.lags = False, 0, {}
         await asyncio.sleep(max(0.0, start - time.monotonic()))
-        cpu, before = time.process_time(), self.sent
+        cpu, before, answered = time.process_time(), self.sent, self.answered
         ticking = asyncio.create_task(self.tick())
         try:
             await (self.closed(stage, start) if stage.load.kind == "closed" else self.open(stage, start))
@@ -56,7 +56,8 @@ class Worker:
         self.records.flush()
         spent = time.process_time() - cpu
         gave_up = self.failures_in_a_row >= self.patience(stage)
-        return Effort(stage.id, start, time.monotonic(), spent, self.sent - before, self.lags, gave_up, self.ends_early)
+        told = self.sent - before, self.lags, gave_up, self.ends_early, self.answered - answered
+        return Effort(stage.id, start, time.monotonic(), spent, *told)
 
     def numbers(self, stage: Stage) -> Iterator[int]:
         """Numbers of the requests that are this process's share, in order, until the stage has enough of them.
@@ -85,51 +86,74 @@ class Worker:
         slots = len(range(which, stage.load.concurrency, of))
         work = self.numbers(stage)
         until = start + stage.seconds if stage.seconds is not None else float("inf")
+        talks = stage.load.talks
 
         async def fill_slot() -> None:
             for number in work:
-                now = time.monotonic()
-                if now >= until:
+                if (now := time.monotonic()) >= until:
                     return
-                if not await self.one(stage, number, now):
+                if not await (self.talk(stage, number, until) if talks else self.one(stage, number, now)):
                     await asyncio.sleep(PAUSE_S)
 
-        await asyncio.gather(*(fill_slot() for _ in range(slots)), return_exceptions=True)
+        filling = [asyncio.create_task(fill_slot()) for _ in range(slots)]
+        await self.drain(filling, None if stage.drain_s is None else until + stage.drain_s - time.monotonic())
 
     async def open(self, stage: Stage, start: float) -> None:
         """Each request when it is due, whatever became of those before."""
-        load, seed = stage.load, f"{self.orders.source.seed}/{stage.id}"
         which, of = self.orders.share
-        due_times = itertools.islice(arrivals(load.arrival, load.rate, load.burstiness, seed), which, None, of)
+        schedule = itertools.islice(stage.load.schedule(f"{self.orders.source.seed}/{stage.id}"), which, None, of)
         running: set[asyncio.Task[bool]] = set()
-        for number, due in zip(self.numbers(stage), due_times, strict=False):
+        for number, (due, lengths) in zip(self.numbers(stage), schedule, strict=False):
             if stage.seconds is not None and due >= stage.seconds:
                 break
             while (wait := start + due - time.monotonic()) > 0 and not self.ends_early:
                 await asyncio.sleep(min(wait, TELL_S))
             if self.ends_early:
                 break
-            task = asyncio.create_task(self.one(stage, number, start + due))
+            task = asyncio.create_task(self.one(stage, number, start + due, lengths))
             running.add(task)
             task.add_done_callback(running.discard)
-        if self.failures_in_a_row >= self.patience(stage):
-            for task in running:
-                task.cancel()
-        if running:
-            await asyncio.wait(running)
+        gave_up = self.failures_in_a_row >= self.patience(stage)
+        await self.drain(list(running), 0 if gave_up else stage.drain_s)
 
-    async def one(self, stage: Stage, number: int, due: float) -> bool:
-        """One request, and its record; whether it was answered."""
-        target = stage.targets[number % len(stage.targets)]
+    @staticmethod
+    async def drain(tasks: "Sequence[asyncio.Task[Any]]", seconds: float | None) -> None:
+        """Wait for what is under way, `seconds` at most; the rest is cut off and becomes records that say so."""
+        late = set(tasks)
+        if late and seconds != 0:
+            _, late = await asyncio.wait(late, timeout=seconds if seconds is None or seconds < NEVER_S else None)
+        while late:
+            for task in late:
+                task.cancel()
+            _, late = await asyncio.wait(late, timeout=PAUSE_S)
+
+    async def one(self, stage: Stage, number: int, due: float, lengths: tuple[int, int] | None = None) -> bool:
+        """One request; whether it was answered."""
+        target = stage.target(number, self.orders.source.seed)
+        body = self.prompts.body(stage.first + number, target.model, lengths)
+        return not (await self.send(stage, number, target, body, due)).error
+
+    async def talk(self, stage: Stage, number: int, until: float) -> bool:
+        """One conversation, turn by turn, until it or the time is over, or a turn fails; whether none did."""
+        target, talk = stage.target(number, self.orders.source.seed), self.prompts.talk(stage.first + number)
+        while (messages := talk.ask()) is not None and (now := time.monotonic()) < until and not self.ends_early:
+            body = self.prompts.turn(stage.first + number, talk, messages, target.model)
+            exchange = await self.send(stage, number, target, body, now, talk.turn)
+            if exchange.error:
+                return False
+            talk.hear("".join(exchange.words or ()))
+        return True
+
+    async def send(self, stage: Stage, number: int, target: Target, body: bytes, due: float, turn: int = 0) -> Exchange:
+        """A request, and its record."""
         pool = self.pools.get(target.url) or self.pools.setdefault(target.url, self.make_pool(target.url))
-        body = self.prompts.body(stage.first + number, target.model)
         self.sent += 1
-        exchange = await pool.ask(self.orders.source.route, body, self.orders.timeout_s)
-        record = Record(stage.id, number, target.model, due, exchange.sent, status=exchange.status)
+        exchange = await pool.ask(self.orders.source.route, body, self.orders.timeout_s, Exchange(keeps_words=turn > 0))
+        record = Record(stage.id, number, target.model, due, exchange.sent, status=exchange.status, turn=turn)
         exchange.write_to(record)
         self.count(record)
         self.records.write(record.line())
-        return not record.error
+        return exchange
 
     def make_pool(self, url: str) -> Pool:
         """Connections to a base URL."""
@@ -161,9 +185,10 @@ class Worker:
 
 
 def tell(document: dict[str, Any]) -> None:
-    """One line to the parent."""
-    sys.stdout.write(json.dumps(document) + "\n")
-    sys.stdout.flush()
+    """One line to the parent, if it is still there."""
+    with suppress(BrokenPipeError):
+        sys.stdout.write(json.dumps(document) + "\n")
+        sys.stdout.flush()
 
 
 async def work() -> None:

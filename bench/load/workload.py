@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loraport.bench.load.prompts import Source
+from loraport.bench.load.conversation import read_conversations
+from loraport.bench.load.prompts import Kind, Source
 from loraport.bench.load.server import Server, explain
 from loraport.bench.load.wire import Exchange
 from loraport.clients.errors import EndpointError, UsageError
@@ -38,7 +39,8 @@ class Wish:
     """What the load shall be. `input`, `output`: tokens from and to. `rows`: messages of the user's own, as JSON.
 
     `seed`: prompts of the same seed are the same. `prefix`: tokens that all share. `natural`: replies end where the
-    model ends them, at `output` at the latest.
+    model ends them, at `output` at the latest. `replays`: rows are whole conversations, whose turns follow each other;
+    `as_is`: rows are not marked, so that a prefix cache knows them the second time.
     """
 
     input: tuple[int, int] = (512, 512)
@@ -48,6 +50,8 @@ class Wish:
     prefix: int = 0
     rows: list[str] = field(default_factory=list)
     natural: bool = False
+    replays: bool = False
+    as_is: bool = False
 
     @property
     def route(self) -> str:
@@ -78,6 +82,12 @@ def make_workload(server: Server, model: str, wish: Wish) -> Workload:
             f"replies end where the model ends them, the first after {exchange.completion} tokens: "
             "the server has no ignore_eos"
         )
+    if not source.all_unique and not wish.as_is:
+        notes.append(
+            f"prompts are too short to be all different: that takes {source.digits} tokens"
+            if source.digits
+            else "prompts of the same length are the same: the server tells apart only one part of them"
+        )
     return Workload(source, notes)
 
 
@@ -86,7 +96,8 @@ def choose_source(server: Server, model: str, wish: Wish) -> Source:
     common: dict[str, Any] = {"input": wish.input, "output": wish.output, "seed": wish.seed, "prefix": wish.prefix}
     common["extra"] = {"temperature": 0} | ({} if wish.natural else {"ignore_eos": True})
     if wish.rows:
-        return Source("rows", wish.route, wish.rows, **(common | {"prefix": 0}))
+        kind: Kind = "talks" if wish.replays else "rows"
+        return Source(kind, wish.route, wish.rows, as_is=wish.as_is, **(common | {"prefix": 0}))
     ids = server.tokens(model, " ".join(WORDS))
     words = single_tokens(server, model) if ids else []
     if ids and not wish.chat and len(words) < ENOUGH_WORDS:
@@ -150,6 +161,11 @@ def read_messages(path: Path) -> list[str]:
     if not found:
         raise UsageError(f"{path} has no rows.", "a row of chat has messages")
     return found
+
+
+def read_talks(path: Path) -> list[str]:
+    """Conversations of a file of rows, whole, as JSON."""
+    return [json.dumps(messages, ensure_ascii=False) for messages in read_conversations(path)]
 
 
 def parse_lengths(text: str, name: str) -> tuple[int, int]:

@@ -51,9 +51,25 @@ def bench_throughput(
     burstiness: Annotated[float, typer.Option(min=0.01, help="Of gamma arrivals; less than 1 comes in bursts.")] = 0.5,
     requests: Annotated[int | None, typer.Option(min=1, help="Requests of each load.")] = None,
     seconds: Annotated[float | None, typer.Option(min=0.5, help="Seconds of each load. Default: 30.")] = None,
+    ramp: Annotated[str, typer.Option(help="Open loop whose rate goes FROM:TO:SECONDS: 1:20:60.")] = "",
+    trace: Annotated[Path | None, typer.Option(help="Open loop at recorded times: CSV or JSONL; see below.")] = None,
+    time_scale: Annotated[
+        float, typer.Option(min=1e-6, help="Seconds for a second of --trace; 0.5: twice as fast.")
+    ] = 1,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Raise --rate, else --concurrency, from there to the saturation point.")
+    ] = False,
+    gain: Annotated[float, typer.Option(min=0, help="Of --sweep: percent that twice the load must bring.")] = 10,
+    budget: Annotated[float, typer.Option(min=10, help="Of --sweep: seconds for all of it.")] = 300,
     input_tokens: Input = "512",
     output_tokens: Output = "128",
     data: Annotated[Path | None, typer.Option(help="Chat rows of your own instead of random prompts.")] = None,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Ask all turns of --data, one after the other, with the server's replies.")
+    ] = False,
+    as_is: Annotated[
+        bool, typer.Option("--as-is", help="Send --data unmarked: what came before is then in the prefix cache.")
+    ] = False,
     natural: Natural = None,
     chat: Chat = False,
     shared_prefix: Prefix = 0,
@@ -64,6 +80,9 @@ def bench_throughput(
     calibrate: Calibrate = True,
     records: RecordsOut = None,
     out: Out = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the loads that --out has, measure the others.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Measure tokens per second and latencies of a server under load.
@@ -71,24 +90,48 @@ def bench_throughput(
     Any OpenAI-compatible server; the key is taken from OPENAI_API_KEY. Prompts are unique and random, lengths exact
     where the server has /tokenize and ignore_eos. Figures of a client that was too slow itself are withheld. Presets of
     --slo: mlperf-llama-3.1-8b, mlperf-llama-3.1-8b-interactive, mlperf-llama-2-70b, mlperf-llama-2-70b-interactive.
+
+    A trace has a time for each request and may have tokens of prompt and reply: the Azure LLM inference traces
+    (TIMESTAMP, ContextTokens, GeneratedTokens), BurstGPT, Mooncake, or columns of such names; numbers are seconds.
     """
     from loraport.bench.load.arrivals import ARRIVALS
     from loraport.bench.load.verdict import parse_limits
-    from loraport.bench.serving.throughput import Amount, make_loads, measure_loads, print_report, to_json
+    from loraport.bench.serving.earlier import Earlier, plan_of, read_earlier
+    from loraport.bench.serving.loads import Series, Ways, choose
+    from loraport.bench.serving.throughput import print_report, to_json
     from loraport.bench.tables import known
+    from loraport.clients.home import write_json
 
     known("arrival", arrival, ARRIVALS)
-    loads = make_loads(concurrency, rate, arrival, burstiness)  # type: ignore[arg-type]
-    amount = Amount(requests, seconds or (None if requests else 30.0))
-    wish = make_wish(input_tokens, output_tokens, seed, chat, shared_prefix, data, natural)
+    if resume and not out:
+        raise UsageError("--resume has nothing to go on with.", "--out names the result to go on with")
+    if (replay or as_is) and not data:
+        raise UsageError(f"{'--replay' if replay else '--as-is'} is about rows of yours.", "--data names them")
+    ways = Ways(concurrency, rate, ramp, trace, time_scale, sweep, gain / 100, budget, arrival, burstiness, replay)
+    chosen = choose(ways, requests, seconds)
+    earlier = read_earlier(out) if resume and out else Earlier()
+    seed = earlier.seed if seed is None else seed
+    wish = make_wish(input_tokens, output_tokens, seed, chat, shared_prefix, data, natural, replay, as_is)
     setting = make_setting(wish, processes, timeout, calibrate, out, parse_limits(slo) if slo else {})
     targets = find_targets(base_url, model or [])
+    plan = plan_of(setting, targets, chosen.amount, trace, time_scale)
+    earlier.check_plan(plan)
+    if earlier.has(chosen):
+        say(f"nothing is missing in {out}")
+        print_json(earlier.document) if json else print_report(earlier.document)
+        return
+    begun: list[Series] = []
+
+    def save(series: Series) -> None:
+        if out:
+            write_json(out, to_json(series, plan))
 
     def measure(measurement: "Measurement") -> None:
-        measurement.prepare(max(load.concurrency or 64 for load in loads))
-        measure_loads(measurement, loads, amount)
+        begun.append(Series(measurement, chosen, earlier, save))
+        begun[0].prepare()
+        begun[0].run()
 
-    run(setting, targets, records, measure, lambda m: to_json(m, len(loads)), print_report, out, json)
+    run(setting, targets, records, measure, lambda m: to_json(begun[0], plan), print_report, out, json, resume)
 
 
 def bench_lora_tax(
@@ -182,18 +225,21 @@ def make_wish(
     prefix: int = 0,
     data: Path | None = None,
     natural: bool | None = None,
+    replays: bool = False,
+    as_is: bool = False,
 ) -> "Wish":
     """The load as the options have it."""
-    from loraport.bench.load.workload import Wish, parse_lengths, read_messages
+    from loraport.bench.load.workload import Wish, parse_lengths, read_messages, read_talks
 
     lengths = parse_lengths(input_tokens, "--input"), parse_lengths(output_tokens, "--output")
     if prefix >= lengths[0][0]:
         raise UsageError(
             f"--shared-prefix {prefix} leaves nothing of prompts of {lengths[0][0]} tokens.", "make it shorter"
         )
-    rows = read_messages(data) if data else []
+    rows = (read_talks if replays else read_messages)(data) if data else []
     ends = bool(rows) if natural is None else natural
-    return Wish(*lengths, secrets.randbits(31) if seed is None else seed, chat, prefix, rows, ends)
+    number = secrets.randbits(31) if seed is None else seed
+    return Wish(*lengths, number, chat, prefix, rows, ends, replays, as_is)
 
 
 def make_setting(
@@ -239,12 +285,13 @@ def run(
     print_report: Callable[[dict[str, Any]], None],
     out: Path | None,
     json: bool,
+    resumes: bool = False,
 ) -> None:
     """Measure with progress, then tell; what ends it early is told after what has run."""
     from loraport.bench.serving.measurement import Measurement
     from loraport.clients.home import write_json
 
-    with records_folder(records) as folder, Measurement(setting, targets, folder) as measurement:
+    with records_folder(records, resumes) as folder, Measurement(setting, targets, folder) as measurement:
         problem: BaseException | None = None
         try:
             with progress(measurement):
@@ -253,21 +300,21 @@ def run(
             problem = error
         if any(ran.stage.label != "warm-up" for ran in measurement.stages):
             document = to_json(measurement)
-            print_json(document) if json else print_report(document)
-            if out:
+            if out:  # first: printing may end in a pipe that nobody reads to its end
                 write_json(out, document)
+            print_json(document) if json else print_report(document)
         if problem:
             raise problem
 
 
 @contextmanager
-def records_folder(wanted: Path | None) -> Iterator[Path]:
-    """The folder of the records: one that stays, or one that goes with the command."""
+def records_folder(wanted: Path | None, resumes: bool = False) -> Iterator[Path]:
+    """The folder of the records: one that stays, or one that goes with the command. `resumes`: it may hold earlier."""
     if wanted is None:
         with TemporaryDirectory(prefix="loraport-bench-") as name:
             yield Path(name)
         return
-    if wanted.exists() and any(wanted.iterdir()):
+    if wanted.exists() and any(wanted.iterdir()) and not resumes:
         raise UsageError(f"{wanted} is not empty.", "choose a new folder for --records")
     try:
         wanted.mkdir(parents=True, exist_ok=True)

@@ -260,15 +260,26 @@ def print_report(document: dict[str, Any]) -> None:
         load = f"{comparison['load']['concurrency']} at once"
         size = f"{comparison['rounds']} rounds of slices of {comparison['slice_requests']} requests"
         console.print(Text(f"\n{load}, {size}, tokens/s of the {comparison['window']} slice", style="bold"))
-        references = list(dict.fromkeys(name for variant in comparison["variants"] for name in variant["to"]))
-        names = ["output tokens/s", "TTFT p50", "     p99", "TPOT p50", "     p99"]
-        for name in references:
-            names += [f"× {name}", "  95%", "  TTFT added", "  95%", "  TPOT added", "  95%"]
+        references = references_of(comparison)
+        names = row_names(references)
         columns = [(one["label"], cells(one, references, comparison["believed"])) for one in comparison["variants"]]
         for table in side_by_side(names, columns, console.width):
             console.print(table)
     for line in remarks(document):
         console.print(Text(line, style="yellow"))
+
+
+def references_of(comparison: dict[str, Any]) -> list[str]:
+    """Labels of the variants that others are held against, in their order."""
+    return list(dict.fromkeys(name for variant in comparison["variants"] for name in variant["to"]))
+
+
+def row_names(references: Sequence[str]) -> list[str]:
+    """What `cells` gives, in words."""
+    names = ["output tokens/s", "TTFT p50", "     p99", "TPOT p50", "     p99"]
+    for name in references:
+        names += [f"× {name}", "  95%", "  TTFT added", "  95%", "  TPOT added", "  95%"]
+    return names
 
 
 def cells(variant: dict[str, Any], references: Sequence[str], believed: bool) -> list[str]:

@@ -16,9 +16,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from loraport.bench.environment import server_command
-from loraport.bench.load.figures import Records, read_records, summarize
+from loraport.bench.load.figures import Records, read_records, sizes, summarize
 from loraport.bench.load.fleet import Fleet, Progress
-from loraport.bench.load.record import ERRORS
+from loraport.bench.load.parts import along_ramp, by_cache, by_turn
+from loraport.bench.load.record import ERRORS, Record
 from loraport.bench.load.server import Server, difference
 from loraport.bench.load.stage import Effort, Load, Stage, Target
 from loraport.bench.load.verdict import Calibration, calibrate, describe_client, judge
@@ -48,12 +49,15 @@ class Setting:
 
 @dataclass
 class Ran:
-    """A stage that ran, and what it cost the client."""
+    """A stage that ran, and what it cost the client. `begins`, `ends`: its part of the files of records."""
 
     stage: Stage
     efforts: list[Effort] = field(default_factory=list)
     counters: dict[str, Any] = field(default_factory=dict)
     is_whole: bool = False
+    begins: dict[str, int] = field(default_factory=dict)
+    ends: dict[str, int] = field(default_factory=dict)
+    result: dict[str, Any] | None = None
 
 
 class Measurement:
@@ -82,13 +86,18 @@ class Measurement:
         """The base URL of the first target, which decides about prompts."""
         return self.targets[0].url
 
+    def start_at(self, number: int) -> None:
+        """Let stages begin with this number: prompts of those below were seen in an earlier run."""
+        self.numbers = itertools.count(number)
+
     def prepare(self, concurrency: int) -> None:
         """Look at the servers, make prompts, calibrate the client, start it and warm up every target.
 
         Raises EndpointError when a server, a model or the usage of tokens is not there.
         """
         self.clients = {
-            url: self.stack.enter_context(Server(url)) for url in dict.fromkeys(t.url for t in self.targets)
+            url: self.stack.enter_context(Server(url, self.setting.timeout_s))
+            for url in dict.fromkeys(t.url for t in self.targets)
         }
         self.on_step("looking at the server")
         for url, server in self.clients.items():
@@ -109,23 +118,33 @@ class Measurement:
         self.warm_up(min(concurrency, WARM_UP_REQUESTS))
 
     def warm_up(self, requests: int) -> None:
-        """A few requests to every target, two where there are many; EndpointError for one that answers none."""
-        each = Load("closed", requests if len(self.targets) <= FEW_TARGETS else 1)
-        stages = [self.stage("warm-up", [target], each, 2 * each.concurrency) for target in self.targets]
-        for stage in stages:
+        """A few requests to every target, two in turn where there are many; EndpointError for one that answers none."""
+        groups = [[target] for target in self.targets]
+        if len(groups) > FEW_TARGETS:
+            groups = [[target for target in self.targets if target.url == url] for url in self.clients]
+        for group in groups:
+            stage = self.stage("warm-up", group, Load("closed", requests), 2 * max(requests, len(group)))
             self.stages.append(Ran(stage, self.fleet.run(stage), is_whole=True))
-        found = read_records(self.folder)
-        for stage in stages:
-            records = found.get(stage.id, Records())
-            if records.requests == sum(records.errors.values()):
-                raise silent(stage.targets[0], records)
+            found = read_records(self.folder, lambda record: (record.stage, record.model))
+            each = [(target, found.get((stage.id, target.model), Records())) for target in group]
+            failed = [pair for pair in each if pair[1].requests == sum(pair[1].errors.values())]
+            if failed:
+                raise silent(*max(failed, key=lambda pair: pair[1].requests))
 
     def stage(
-        self, label: str, targets: Sequence[Target], load: Load, requests: int | None, seconds: float | None = None
+        self,
+        label: str,
+        targets: Sequence[Target],
+        load: Load,
+        requests: int | None,
+        seconds: float | None = None,
+        weights: list[float] | None = None,
+        drain_s: float | None = None,
     ) -> Stage:
         """The next stage, with prompts of its own."""
         number = next(self.numbers)
-        return Stage(number, label, list(targets), load, requests, seconds, number * PROMPTS_A_STAGE)
+        first = number * PROMPTS_A_STAGE
+        return Stage(number, label, list(targets), load, requests, seconds, first, weights, drain_s)
 
     def run(
         self,
@@ -134,36 +153,39 @@ class Measurement:
         load: Load,
         requests: int | None = None,
         seconds: float | None = None,
+        weights: list[float] | None = None,
+        drain_s: float | None = None,
     ) -> Ran:
         """Run a stage. Ctrl-C goes through; the stage is then kept as far as it came."""
-        ran = Ran(self.stage(label, targets, load, requests, seconds))
+        ran = Ran(self.stage(label, targets, load, requests, seconds, weights, drain_s), begins=sizes(self.folder))
         self.stages.append(ran)
         counting = self.clients[targets[0].url]
         before = counting.counters()
         ran.efforts = self.fleet.run(ran.stage)
         ran.counters, ran.is_whole = difference(before, counting.counters()), True
+        ran.ends = sizes(self.folder)
         return ran
 
     def results(self) -> list[dict[str, Any]]:
         """Each stage but the warm-up as a document: figures, client, verdict, and the headline where it is believed."""
-        ran = [each for each in self.stages if each.stage.label != "warm-up"]
-        found = read_records(self.folder)
-        several = any(len({target.model for target in each.stage.targets}) > 1 for each in ran)
-        by_model = read_records(self.folder, lambda record: (record.stage, record.model)) if several else {}
-        return [self.result(each, found.get(each.stage.id, Records()), by_model) for each in ran]
+        return [self.result(ran) for ran in self.stages if ran.stage.label != "warm-up"]
 
-    def result(self, ran: Ran, records: Records, by_model: dict[Any, Records]) -> dict[str, Any]:
-        """One stage as a document."""
-        stage = ran.stage
-        figures = summarize(records, stage.load, self.setting.limits)
+    def result(self, ran: Ran) -> dict[str, Any]:
+        """One stage as a document; its records are read once."""
+        if ran.result is None or not ran.is_whole:
+            ran.result = self.read_result(ran)
+        return ran.result
+
+    def read_result(self, ran: Ran) -> dict[str, Any]:
+        """One stage as a document, out of its records."""
+        stage, limits = ran.stage, self.setting.limits
+        records = self.read(ran, lambda record: 0).get(0, Records())
+        figures = summarize(records, stage.load, limits)
         client = describe_client(ran.efforts)
         hits = ran.counters.get("prefix_cache_hit_rate") if figures["cached_share"] is None else figures["cached_share"]
         reasons = judge(figures, client, self.calibration, None if self.setting.may_hit_cache else hits)
-        models = {
-            name: summarize(by_model[(number, name)], stage.load, self.setting.limits)
-            for number, name in by_model
-            if number == stage.id
-        }
+        several = len({target.model for target in stage.targets}) > 1
+        by_model = self.read(ran, lambda record: record.model) if several else {}
         return {
             "label": stage.label,
             "stage": stage.id,
@@ -174,10 +196,27 @@ class Measurement:
             "reasons": reasons,
             "headline": None if reasons else headline(figures),
             "figures": figures,
-            "by_model": models,
+            "by_model": {name: summarize(each, stage.load, limits) for name, each in by_model.items()},
+            **self.details(ran, records),
             "client": client,
             "server": ran.counters,
         }
+
+    def details(self, ran: Ran, records: Records) -> dict[str, Any]:
+        """What only some loads have: figures by prefix cache, by turn of a conversation, along a ramp."""
+        load = ran.stage.load
+        found: dict[str, Any] = {"by_cache": by_cache(records)} if self.setting.may_hit_cache else {}
+        if load.talks:
+            found["by_turn"] = by_turn(self.read(ran, lambda record: record.turn))
+        if load.ramp_s:
+            start = min((effort.started for effort in ran.efforts), default=0.0)
+            found["ramp"] = along_ramp(records, load, start, self.setting.limits)
+        return found
+
+    def read(self, ran: Ran, key: Callable[[Record], Any]) -> dict[Any, Records]:
+        """The records of a stage by a key."""
+        found = read_records(self.folder, lambda one: (one.stage == ran.stage.id, key(one)), ran.begins, ran.ends)
+        return {name: records for (is_its, name), records in found.items() if is_its}
 
     def describe(self) -> dict[str, Any]:
         """Servers, prompts and client, for the document."""
@@ -192,6 +231,9 @@ class Measurement:
                 "shared_prefix": wish.prefix,
                 "rows": len(wish.rows),
                 "natural": wish.natural,
+                "replays": wish.replays,
+                "as_is": wish.as_is,
+                "all_unique": source.all_unique if source else None,
                 "seed": wish.seed,
                 "extra": source.extra if source else {},
                 "notes": self.workload.notes if self.workload else [],

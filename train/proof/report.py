@@ -8,7 +8,7 @@ of a model stand in it. Everything it shows is in the JSON document too.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -16,11 +16,12 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from loraport.clients.charts import Series, line_chart
 from loraport.clients.errors import os_errors
 from loraport.clients.home import write_json
+from loraport.clients.page import render_page
 from loraport.train.defaults import Choice
 from loraport.train.manifest import Manifest
-from loraport.train.proof.charts import Series, line_chart
 from loraport.train.proof.evaluate import Comparison, Sample
 from loraport.train.proof.gate import Requirement
 from loraport.train.proof.scores import Scored, Scores
@@ -105,22 +106,11 @@ def write_report(folder: Path, document: dict[str, Any]) -> Path:
 
 def render(document: dict[str, Any]) -> str:
     """The page of a document."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {
-        "figure": figure,
-        "marked": mark_differences,
-        "plain": plain,
-        "duration": duration,
-        "sentence": sentence,
-    }
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     check = next((each["value"] for each in document["settings"] if each["name"] == "check"), None)
-    return template.render(
-        document,
+    return render_page(
+        TEMPLATE,
+        FILTERS,
+        **document,
         charts=list(draw_charts(document["history"])),
         base_name=document["adapter"]["base"]["model"].rstrip("/").rsplit("/", 1)[-1],
         score_rows=score_rows(document["scores"], with_check=bool(check)),
@@ -212,3 +202,12 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+FILTERS: dict[str, Callable[..., Any]] = {
+    "figure": figure,
+    "marked": mark_differences,
+    "plain": plain,
+    "duration": duration,
+    "sentence": sentence,
+}

@@ -1,6 +1,6 @@
-"""Line charts as SVG, small enough to be written out: the report is one file without scripts or network.
+"""Line charts as SVG, small enough to be written out: a report is one file without scripts or network.
 
-Colours come from the page (classes `line-1`, `line-2`), so that the same picture works in light and dark. A plotting
+Colours come from the page (classes `line-1`, `line-2`, …), so that the same picture works in light and dark. A plotting
 library would bring 10 MB of dependencies and pictures of 50 KB that know one background.
 
     >>> line_chart([Series("training", [(1, 2.3), (2, 1.9)])], "loss")
@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 Point = tuple[float, float]  # step, value
 WIDTH, HEIGHT = 420, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 26  # room for the numbers on the axes
+INSET = 14  # of the first and the last of a few values, so that their numbers fit
 MOST_POINTS = 240  # more cannot be seen in 420 pixels
 LOGARITHMIC = 50  # ratio of largest and smallest value from which equal steps mean equal factors
 SMOOTHED_FROM = 40  # points
@@ -28,6 +29,25 @@ class Series:
     name: str
     points: Sequence[Point]
     smooth: bool = False
+
+
+@dataclass(frozen=True)
+class Along:
+    """What runs along the bottom. `values`: the only ones there are, drawn equal factors apart."""
+
+    word: str = "step"
+    over: str = "over the steps of the run"
+    values: Sequence[float] = ()
+
+    def scale(self, first: float, last: float) -> "Scale":
+        """The horizontal scale."""
+        if self.values and 0 < first < last:
+            return Scale(first, last, LEFT + INSET, WIDTH - RIGHT - INSET, logarithmic=True)
+        return Scale(min(first, last - 1), last, LEFT, WIDTH - RIGHT)
+
+    def ticks(self, x: "Scale") -> list[float]:
+        """Numbers written below."""
+        return list(self.values) or [value for value in x.ticks() if value == int(value)]
 
 
 @dataclass(frozen=True)
@@ -81,35 +101,38 @@ def value_scale(values: Sequence[float], from_zero: bool) -> Scale:
     return Scale(low if low == 0 else low - room, high + room, HEIGHT - BOTTOM, TOP)
 
 
-def line_chart(series: Sequence[Series], unit: str, from_zero: bool = False) -> Markup:
-    """The curves over the steps of a run, without values that are not finite; empty when there is nothing to draw."""
+def line_chart(series: Sequence[Series], unit: str, from_zero: bool = False, along: Along = Along()) -> Markup:
+    """The curves over the steps of a run, or what `along` says; empty when there is nothing to draw.
+
+    Values that are not finite are left out.
+    """
     curves = [(each, [point for point in each.points if math.isfinite(point[1])]) for each in series]
     points = [point for _, finite in curves for point in finite]
     if not points:
         return Markup("")
     first, last = min(step for step, _ in points), max(step for step, _ in points)
-    x = Scale(min(first, last - 1), last, LEFT, WIDTH - RIGHT)
+    x = along.scale(first, last)
     y = value_scale([value for _, value in points], from_zero)
-    parts = [*axes(x, y), *(part for n, curve in enumerate(curves, 1) for part in draw(*curve, n, x, y))]
+    drawn = (part for n, curve in enumerate(curves, 1) for part in draw(*curve, n, x, y, along.word))
+    parts = [*axes(x, y, along), *drawn]
     names = " and ".join(each.name for each in series)
-    label = escape(f"{names}, {unit}, over the steps of the run")
+    label = escape(f"{names}, {unit}, {along.over}")
     return Markup(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>')
 
 
-def axes(x: Scale, y: Scale) -> list[str]:
+def axes(x: Scale, y: Scale, along: Along) -> list[str]:
     """Grid lines with their numbers."""
     parts = []
     for value in y.ticks():
         at = y.at(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{at + 4}" text-anchor="end">{number(value)}</text>')
-    steps = [value for value in x.ticks() if value == int(value)]
-    for value in steps:
+    for value in along.ticks(x):
         parts.append(f'<text x="{x.at(value)}" y="{HEIGHT - 8}" text-anchor="middle">{number(value)}</text>')
     return parts
 
 
-def draw(series: Series, points: Sequence[Point], number_of: int, x: Scale, y: Scale) -> list[str]:
+def draw(series: Series, points: Sequence[Point], number_of: int, x: Scale, y: Scale, word: str) -> list[str]:
     """One curve; few points are marked, and tell their value when pointed at."""
     shown = thin(points)
     parts = []
@@ -121,7 +144,7 @@ def draw(series: Series, points: Sequence[Point], number_of: int, x: Scale, y: S
         name = escape(series.name)
         parts += [
             f'<circle class="dot-{number_of}" cx="{x.at(step)}" cy="{y.at(value)}" r="2.5">'
-            f"<title>{name} {value:.4g} at step {step:g}</title></circle>"
+            f"<title>{name} {value:.4g} at {word} {step:g}</title></circle>"
             for step, value in points
         ]
     return parts
