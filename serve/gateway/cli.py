@@ -89,7 +89,8 @@ def keys_revoke(name: Name, json: Json = False) -> None:
         print_json(document(key, Used()))
     say(f"{name} is revoked; a running gateway refuses it from the next request on")
     if not any(other.is_living() for other in keys.read(path)):
-        say("no key is left, so nobody can ask; make one, or delete keys.json to ask without on this machine", "yellow")
+        say("no key is left, so nobody can ask; make one.", "yellow")
+        say("To ask without on this machine: delete keys.json, and start `loraport serve` again.", "yellow")
 
 
 def words(given: list[str] | None) -> list[str] | None:
