@@ -7,6 +7,7 @@ It answers golden prompts from the manifests of the adapters it is given. What i
     FAKE_CRASH=weights       die at that phase, with FAKE_LAST_WORDS as its last lines and status FAKE_STATUS
     FAKE_CRASHING=-1.sock    only the engine whose socket is called so
     FAKE_TOO_LONG=700        die so while its cache is made where the context is longer
+    FAKE_DEAD_CORE=1         answer as vLLM's API server does once its core has died
     FAKE_TARGETS_FAIL=1      die so where LoRA slots are limited to some linears
     FAKE_REPLIES=base        answer for adapters as the base does; `garbage`: as nobody does; default `golden`;
                              `mixed`: for the base as an adapter does, while one is asked too, as vLLM's CPU kernels do;
@@ -363,6 +364,9 @@ class Handler(BaseHTTPRequestHandler):
         refusal = too_long(prompt, asked or 1, limit)
         if refusal:
             return self.answer(400, {"error": {"message": refusal, "type": "BadRequestError", "code": 400}})
+        if knob("DEAD_CORE"):
+            message = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+            return self.answer(500, {"error": {"message": message, "type": "InternalServerError", "code": 500}})
         time.sleep(float(knob("SILENT_S", "0")))
         most = min(asked or 8, limit - prompt)
         usage = {"prompt_tokens": prompt, "completion_tokens": most, "total_tokens": prompt + most}

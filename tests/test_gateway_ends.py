@@ -154,3 +154,11 @@ def test_two_hundred_streams_all_end_while_the_engine_is_killed() -> None:
         odd = [end[-300:] for end in ends if '"code": "engine_stopped"' not in end and end != "refused 503"]
         assert not odd and sum("engine_stopped" in end for end in ends) > 100, odd[:1]
         assert not gate.running.gateway.running
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_an_engine_whose_core_has_died_is_a_503_to_be_asked_again(is_stream: bool) -> None:
+    with gated(dead_core="1") as gate:
+        refused = gate.client.post(CHAT, json=asking(stream=is_stream))
+        assert refused.status_code == 503 and int(refused.headers["Retry-After"]) > 0
+        assert error_of(refused)["code"] == "engine_stopped" and "stack trace" not in refused.text

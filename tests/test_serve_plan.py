@@ -127,6 +127,14 @@ def test_slots_are_made_for_the_linears_that_adapters_use(
             assert "--lora-target-modules" not in flags
 
 
+def test_replicas_that_do_not_fit_are_named() -> None:
+    shape = read_shape(LLAMA_8B, 0)
+    assert shape is not None
+    with pytest.raises(ResourceError, match="for each of 40 replicas") as caught:
+        plan(Wanted(replicas=40), shape, [], replace(LAPTOP, free=GIB // 2))
+    assert caught.value.hint.startswith("use fewer --replicas; or ")
+
+
 def test_slots_are_made_for_whole_groups_of_linears() -> None:
     shape = read_shape(LLAMA_8B, 0)
     assert shape is not None

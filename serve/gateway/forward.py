@@ -129,6 +129,8 @@ class Forward:
         """Refusals of the engine that we word better; what is not one of them passes as it is."""
         if status == 404 and message == "Not Found":
             raise Refusal(404, "unsupported_by_engine", f"The engine does not offer {self.path} for this model.")
+        if status == 500 and DEAD_CORE in message:
+            raise broken(self.gateway.engine.snapshot)
         said = context.read_overflow(message) if status == 400 else None
         if said is not None:
             wanted = bodies.wanted_tokens(self.path, body)
@@ -176,6 +178,8 @@ async def read_body(scope: Scope, receive: Receive, settings: GatewaySettings) -
 
 
 CLOSE = {"Connection": "close"}
+# vLLM's API server lives for a moment after its engine has died, and answers so (vllm/v1/engine/exceptions.py).
+DEAD_CORE = "EngineCore encountered an issue"
 
 
 def too_large(most: int) -> Refusal:

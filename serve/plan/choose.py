@@ -10,7 +10,7 @@ questions only after it has loaded the weights.
 
 from typing import Any
 
-from loraport.clients.errors import BaseModelError, UsageError
+from loraport.clients.errors import BaseModelError, ResourceError, UsageError
 from loraport.clients.hardware import Device
 from loraport.serve.plan.on_cpu import plan_cpu
 from loraport.serve.plan.on_gpu import plan_gpu
@@ -45,6 +45,12 @@ def plan(wanted: Wanted, shape: Shape, adapters: list[Manifest], device: Device,
             f"--quantization {wanted.quantization}: the model is stored in {shape.stored.method} already.",
             "leave it away, or serve the model that it was made from",
         )
-    if device.kind == "cuda":
-        return plan_gpu(wanted, shape, adapters, device)
-    return plan_cpu(wanted, shape, adapters, device, spare_slots)
+    try:
+        if device.kind == "cuda":
+            return plan_gpu(wanted, shape, adapters, device)
+        return plan_cpu(wanted, shape, adapters, device, spare_slots)
+    except ResourceError as error:
+        if device.kind == "cpu" and (wanted.replicas or 1) > 1:  # they share what there is; GPUs have their own
+            error.message = f"{error.message.rstrip('.')}, for each of {wanted.replicas} replicas."
+            error.hint = f"use fewer --replicas; or {error.hint}"
+        raise
