@@ -132,7 +132,7 @@ def test_replicas_that_do_not_fit_are_named() -> None:
     assert shape is not None
     with pytest.raises(ResourceError, match="for each of 40 replicas") as caught:
         plan(Wanted(replicas=40), shape, [], replace(LAPTOP, free=GIB // 2))
-    assert caught.value.hint.startswith("use fewer --replicas; or ")
+    assert caught.value.hint.startswith("use fewer --replicas; or end other programs")
 
 
 def test_slots_are_made_for_whole_groups_of_linears() -> None:

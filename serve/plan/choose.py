@@ -51,6 +51,6 @@ def plan(wanted: Wanted, shape: Shape, adapters: list[Manifest], device: Device,
         return plan_cpu(wanted, shape, adapters, device, spare_slots)
     except ResourceError as error:
         if device.kind == "cpu" and (wanted.replicas or 1) > 1:  # they share what there is; GPUs have their own
-            error.message = f"{error.message.rstrip('.')}, for each of {wanted.replicas} replicas."
-            error.hint = f"use fewer --replicas; or {error.hint}"
+            words = f"{error.message.rstrip('.')}, for each of {wanted.replicas} replicas."
+            raise ResourceError(words, f"use fewer --replicas; or {error.hint}") from error
         raise
