@@ -15,7 +15,7 @@ from loraport.clients.endpoint import is_alive, read_records
 from loraport.clients.errors import AdapterError, BaseModelError, ResourceError, UsageError
 from loraport.clients.home import Home
 from loraport.clients.terminal import say
-from loraport.serve.adapters.catalog import Catalog, entry_of, open_reference
+from loraport.serve.adapters.catalog import ALIASES, Aliases, Catalog, locate, open_reference
 from loraport.serve.engine import versions
 from loraport.serve.engine.leftovers import read_traces
 from loraport.serve.gateway.keys import read as read_keys
@@ -116,11 +116,11 @@ def open_adapters(
     """
     adapters: dict[str, Adapter] = {}
     for reference in references:
-        adapter = open_reference(home, reference, version, model)
+        aliases = rolled_back(home, reference)
+        adapter = open_reference(home, f"{reference}:latest" if aliases else reference, version, model)
         name = adapter.manifest.name
-        if reference == name and was_rolled_back(home, adapter):
-            newest = adapter.manifest.version
-            adapter = open_reference(home, f"{name}:latest", version, model)
+        if aliases and aliases.prev:
+            newest = aliases.prev.version
             say(f"{name}: {adapter.manifest.version}, which took over from {newest}; {name}@{newest} serves that one.")
         if name in adapters:
             raise UsageError(f"two of the adapters are called {name}.", "serve one version of an adapter at a time")
@@ -128,10 +128,13 @@ def open_adapters(
     return list(adapters.values())
 
 
-def was_rolled_back(home: Home, adapter: Adapter) -> bool:
-    """Whether another version took over from this one last."""
-    aliases = Catalog(home).aliases(adapter.manifest.name)
-    return bool(aliases.latest) and aliases.prev == entry_of(adapter)
+def rolled_back(home: Home, reference: str) -> Aliases | None:
+    """The aliases of a name whose newest version was served, and another took over from it last; None of all else."""
+    if not (home.adapters / reference / ALIASES).is_file():
+        return None
+    aliases = Catalog(home).aliases(reference)
+    is_so = aliases.latest and aliases.prev and Path(aliases.prev.folder) == locate(home, reference)[0]
+    return aliases if is_so else None
 
 
 def find_base(model: str | None, adapters: list[Adapter]) -> Base:

@@ -285,7 +285,28 @@ def words(body: dict[str, Any]) -> int:
     return sum(4 + len(str(turn["content"]).split()) for turn in turns)
 
 
-class Handler(BaseHTTPRequestHandler):
+class Replies(BaseHTTPRequestHandler):
+    """Documents, and events of a stream, as servers of models send them."""
+
+    def chunk(self, text: str) -> None:
+        """One event of a stream."""
+        data = f"data: {text}\n\n".encode()
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+    def answer(self, status: int, document: dict[str, Any]) -> None:
+        """Send a JSON document."""
+        self.send(status, json.dumps(document).encode(), "application/json")
+
+    def send(self, status: int, data: bytes, kind: str) -> None:
+        """Send a body."""
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class Handler(Replies):
     """The routes that Loraport uses."""
 
     models: Models
@@ -406,23 +427,6 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         finally:
             self.seen.running -= 1
-
-    def chunk(self, text: str) -> None:
-        """One event of a stream."""
-        data = f"data: {text}\n\n".encode()
-        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
-
-    def answer(self, status: int, document: dict[str, Any]) -> None:
-        """Send a JSON document."""
-        self.send(status, json.dumps(document).encode(), "application/json")
-
-    def send(self, status: int, data: bytes, kind: str) -> None:
-        """Send a body."""
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: the access log is off."""

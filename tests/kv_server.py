@@ -13,9 +13,8 @@ import select
 import threading
 import time
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler
-from typing import Any
 
+from tests.fake_engine import Replies
 from tests.loopback import Loopback
 
 BLOCK = 16
@@ -104,7 +103,7 @@ class KvServer(Loopback):
             self.holds[number] += 1
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Replies):
     """One connection."""
 
     owner: KvServer
@@ -159,7 +158,7 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(new * knobs.prompt_s)
             self.begin()
             for index in range(reply):
-                self.event({"choices": [{"text": f" {index}"}]})
+                self.chunk(json.dumps({"choices": [{"text": f" {index}"}]}))
                 if is_cut:
                     return self.hang_up()
                 time.sleep(knobs.token_s)
@@ -169,8 +168,8 @@ class Handler(BaseHTTPRequestHandler):
                 if is_thrown:
                     self.enter(number, len(words) + index)
             usage = {"prompt_tokens": len(words), "completion_tokens": reply}
-            self.event({"choices": [], "usage": usage})
-            self.write("data: [DONE]\n\n")
+            self.chunk(json.dumps({"choices": [], "usage": usage}))
+            self.chunk("[DONE]")
             self.wfile.write(b"0\r\n\r\n")
         except OSError:
             server.cut += 1
@@ -217,24 +216,3 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-
-    def event(self, document: dict[str, Any]) -> None:
-        """One event."""
-        self.write(f"data: {json.dumps(document)}\n\n")
-
-    def write(self, text: str) -> None:
-        """A chunk of HTTP."""
-        data = text.encode()
-        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
-
-    def answer(self, status: int, document: dict[str, Any]) -> None:
-        """A JSON document."""
-        self.send(status, json.dumps(document).encode(), "application/json")
-
-    def send(self, status: int, data: bytes, kind: str) -> None:
-        """A body."""
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)

@@ -107,11 +107,12 @@ def search(
             benches = [Bench(group, rank, slots, size, active) for active in sorted({1, min(slots, size)})]
             for op in OPS:
                 config, took, own = choose(benches, op, rank)
-                uneven.append((op, group, rank, slots, not_by_sixteen(size), config or benches[0].own(op)))
+                used = config or benches[0].own(op)
+                uneven.append((op, group, rank, slots, not_by_sixteen(size), used))
                 outer = max(group.outers)
                 k, n = (group.inner, rank) if op == "shrink" else (rank, outer)
                 by_tokens = found[op].setdefault(str(len(group.outers)), {}).setdefault(str(size), {})
-                by_tokens.setdefault(str(k), {})[str(n)] = config or benches[0].own(op)
+                by_tokens.setdefault(str(k), {})[str(n)] = used
                 line = {"op": op, "group": group.name, "tokens": size, "own_us": round(own, 2), "us": round(took, 2)}
                 tell(line | {"config": config})
     compile_all(uneven)

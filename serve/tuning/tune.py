@@ -71,7 +71,7 @@ class Subject:
             return []
 
     def gain(self, home: Home) -> str:
-        """What tuning gave, in words: `5.2 to 3.1 us a call at 64 tokens, ...`."""
+        """What tuning gave, in words: `46% less time at 64 tokens, 46% less time at 8,192 tokens`."""
         calls, found = self.calls(home), []
         for tokens in SHOWN:
             own, ours = (sum(call[key] for call in calls if call["tokens"] == tokens) for key in ("own_us", "us"))
@@ -163,15 +163,17 @@ def run_search(asked: dict[str, Any], environment: dict[str, str]) -> Iterator[d
         while ends:
             os.close(ends.pop())
 
-    watch = threading.Timer(SILENT_S, end)
-    watch.daemon = True
-    watch.start()
+    def start_watch() -> threading.Timer:
+        watch = threading.Timer(SILENT_S, end)
+        watch.daemon = True
+        watch.start()
+        return watch
+
+    watch = start_watch()
     try:
         for text in process.stdout:
             watch.cancel()
-            watch = threading.Timer(SILENT_S, end)
-            watch.daemon = True
-            watch.start()
+            watch = start_watch()
             try:
                 line = json.loads(text)
             except ValueError:
