@@ -16,9 +16,11 @@ import httpx
 import psutil
 import pytest
 
+from loraport.bench.environment import server_process
 from loraport.bench.load import popularity
 from loraport.bench.load.server import Server
 from loraport.bench.load.stage import Load, Stage, Target
+from loraport.bench.serving import adapters_server
 from loraport.bench.serving.adapters import find_knee, jain, rank_groups
 from loraport.bench.serving.adapters_cli import bench_adapters, parse_levels
 from loraport.bench.serving.adapters_server import AdapterServer, Slots, flag_of, hint_of
@@ -61,6 +63,17 @@ def fake_engine(folder: Path, adapters: int, environment: dict[str, str] | None 
     finally:
         process.terminate()
         process.wait()
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process of the tests is no server with engines below it, though it may have started the session's."""
+
+    def other(host: str, port: int) -> psutil.Process | None:
+        found = server_process(host, port)
+        return None if found and found.pid == os.getpid() else found
+
+    monkeypatch.setattr(adapters_server, "server_process", other)
 
 
 @pytest.fixture
