@@ -9,12 +9,15 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from loraport.clients.home import Home
 from tests.models import make_tiny_base
+
+if TYPE_CHECKING:
+    from tests.postgres import Postgres
 
 ROOT = Path(__file__).parent.parent
 # A shell that starts the tests in the background makes them ignore Ctrl-C, and their children inherit that.
@@ -73,6 +76,15 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Postgres]":
+    """A real PostgreSQL, once for the session; a test takes a database of its own."""
+    from tests.postgres import Postgres
+
+    with Postgres.started(tmp_path_factory.mktemp("postgres") / "server") as running:
+        yield running
 
 
 def read_document(lines: Iterable[str]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""OpenAI's fine-tuning API on the gateway: files, uploads, jobs, events, checkpoints, permissions."""
