@@ -240,7 +240,7 @@ def test_aliases_are_references(home: Home, base: Base, capsys: pytest.CaptureFi
     catalog = Catalog(home)
     for version in ("v1", "v2"):
         catalog.set_latest(open_reference(home, f"demo@{version}", V32))
-    found = [open_reference(home, name, V32).manifest.version for name in ("demo", "demo:latest", "demo:prev")]
+    found = [open_reference(home, name, V32).manifest.version for name in ("demo", "demo:latest", "demo@prev")]
     assert found == ["v3", "v2", "v1"]
     with pytest.raises(UsageError, match="demo:oldest is no reference"):
         open_reference(home, "demo:oldest", V32)

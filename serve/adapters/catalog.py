@@ -2,7 +2,7 @@
 
 A reference says which version of which adapter is meant:
 
-    demo                 the newest version that was trained         demo:latest, demo:prev   what the aliases point at
+    demo                 the newest version that was trained         demo:latest, demo@prev   what the aliases point at
     demo@v2              that version                                ./folder, name=./folder  an adapter folder
 
     adapters/<name>/aliases.json    {"latest": {"version": "v3", "folder": "…"}, "prev": …}
@@ -176,19 +176,19 @@ def locate(home: Home, reference: str, name: str | None = None) -> tuple[Path, s
         return folder.absolute(), check_name(name or given)
     if name is not None:
         check_name(name)
+    stem, which = split_name(reference)
+    if which in (LATEST, PREV):
+        return Path(aliased(home, stem, which).folder), name
     if ":" in reference and "/" not in reference:
-        return Path(aliased(home, reference).folder), name
+        raise UsageError(f"{reference} is no reference.", f"use {stem}:latest, {stem}:prev or {stem}@v1")
     return find_adapter(home, reference), name
 
 
-def aliased(home: Home, reference: str) -> Entry:
-    """The version that `demo:latest` or `demo:prev` means; UsageError for other words, AdapterError where none is."""
-    name, _, which = reference.partition(":")
-    if which not in (LATEST, PREV):
-        raise UsageError(f"{reference} is no reference.", f"use {name}:latest, {name}:prev or {name}@v1")
+def aliased(home: Home, name: str, which: str) -> Entry:
+    """The version that `demo:latest` or `demo:prev` means; AdapterError where there is none."""
     found = Catalog(home).aliases(name).by_name[which]
     if found is None:
-        raise AdapterError(f"there is no {reference}.", "an alias is set when the adapter is served; use its name")
+        raise AdapterError(f"there is no {name}:{which}.", "an alias is set when the adapter is served; use its name")
     return found
 
 

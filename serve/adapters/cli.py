@@ -62,9 +62,12 @@ def list_home(home: Home) -> list[dict[str, Any]]:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """A line for each version."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("adapter", "version", "alias", "serving", "base", "rank", "rows", "eval loss", "created", box=None)
+    whole = [Column(name, no_wrap=True) for name in ("adapter", "version", "alias", "serving")]
+    table = Table(
+        *whole, "base", "rank", "rows", "eval loss", Column("created", no_wrap=True), box=None, padding=(0, 1, 0, 0)
+    )
     for row in rows:
         base = row["base"]["model"] if isinstance(row["base"], dict) else row["base"]
         loss = (row.get("metrics") or {}).get("eval_loss")
@@ -77,7 +80,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             str(row["rank"]),
             str(row["data"]["rows"]) if row.get("data") else "",
             f"{loss:.3f}" if loss is not None else "",
-            str(row.get("created", ""))[:16],
+            str(row.get("created", ""))[:16].replace("T", " "),
         )
     console.print(table)
     for row in rows:
