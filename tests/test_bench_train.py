@@ -231,6 +231,8 @@ def test_ours_and_stock_train_the_same_thing_on_a_cpu(tmp_path: Path) -> None:
     done = subprocess.run([*line, "--out", tmp_path / "out.json"], capture_output=True, text=True, check=True)
     document = json.loads(done.stdout)
     assert document == json.loads((tmp_path / "out.json").read_text()) and document["complete"]
+    assert document["bench"] == "train" and document["definitions"]
+    assert {"at", "processor", "cores", "gpus", "command"} <= document["environment"].keys()  # as of all benches
     stock, ours, liger, *nf4 = document["runs"]
     assert ours["losses"] == pytest.approx(stock["losses"], abs=2e-3) and len(ours["losses"]) == 3
     assert ours["step_tokens"] == stock["step_tokens"] and len(ours["step_tokens"]) == 2

@@ -15,6 +15,13 @@ from loraport.bench.training.cases import CASES, SHAPES, limit_tokens_per_second
 from loraport.bench.training.runner import Comparison
 
 REFERENCE = "stock"
+DEFINITIONS = {
+    "tokens_per_second": "tokens of rows, without padding, over the time of the measured steps; median of the repeats",
+    "peak": "the largest of the repeats, in bytes: allocated by torch's tensors, reserved by torch from the GPU",
+    "planned_reserved": "what `loraport plan train` foretells of the latter",
+    "times_stock": "tokens/s over those of transformers' Trainer with PEFT in the same case",
+    "limit": "4 FLOP a parameter and token, at the measured speed of a matrix product",
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ def to_json(run: Comparison) -> dict[str, Any]:
     return {
         "bench": "train",
         "complete": run.is_complete,
+        "definitions": DEFINITIONS,
         "environment": run.environment,
         "shape": {"name": run.plan.shape, "parameters": parameters(shape), **shape},
         "limit_tokens_per_second": limit and round(limit, 1),
@@ -106,13 +114,15 @@ def print_report(run: Comparison) -> None:
     """A table for each case and kind of rows, on standard output."""
     console = result_console()
     limit = limit_of(run)
-    console.print(heading(run, limit), markup=False)
+    console.print(heading(run, limit), style="dim", markup=False)
     for (case, rows), group in summarize(run).items():
         console.print(f"\n{case}, {rows} rows: {CASES[case].words}", style="bold", markup=False)
         console.print(make_table(group, limit))
         for each in group:
             if each.reason:
-                console.print(f"  {each.contender}: {each.reason}", style="dim", markup=False)
+                console.print(f"  {each.contender}: {each.reason}", style="yellow", markup=False)
+    if not run.is_complete:
+        console.print("not complete: the time was over or it was interrupted", style="yellow")
 
 
 def heading(run: Comparison, limit: float | None) -> str:
@@ -125,7 +135,7 @@ def heading(run: Comparison, limit: float | None) -> str:
     if limit:
         flops = run.environment["matmul_flops"] / 1e12
         line += f"\nlimit {limit:,.0f} tokens/s: 4 FLOP a parameter and token at {flops:,.0f} TFLOP/s, as measured"
-    return f"{line}\n{named}" + ("" if run.is_complete else "\nnot complete: the time was over or it was interrupted")
+    return f"{line}\n{named}"
 
 
 def make_table(group: list[Figures], limit: float | None) -> Table:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from loraport.bench.environment import describe_environment
 from loraport.bench.training.cases import CASES, SHAPES, Rows, row_lengths, step_rows
 from loraport.bench.training.worker import Worker
 from loraport.clients.errors import ResourceError, UsageError
@@ -125,12 +126,13 @@ class Comparison:
         return len(self.results) == len(self.plan.runs())
 
     def look_around(self) -> None:
-        """Fill in `environment`: device, versions, the speed of a matrix product."""
+        """Fill in `environment`: what all benches tell, and device, versions, the speed of a matrix product."""
         found = Worker(PROBE, {}).result(LONGEST_RUN_S)
         if "error" in found:
             hint = "training needs torch, transformers and peft: see the README"
             raise ResourceError(f"torch cannot be used here: {found['error']}.", hint, tuple(found["log"]))
-        self.environment = found
+        known = describe_environment()
+        self.environment = known | found | {"versions": known["versions"] | found["versions"]}
 
     def choose_cases(self, default: list[str]) -> None:
         """Take the default cases where none were asked for."""
