@@ -40,9 +40,10 @@ class LoraportError(Exception):
 
 
 class UsageError(LoraportError):
-    """Wrong usage: a flag, a path, a name."""
+    """Wrong usage: a flag, a path, a name. `param`: the setting at fault, where it is one."""
 
     exit_code = 2
+    param: str | None = None
 
 
 class ConfigError(UsageError):
@@ -56,7 +57,12 @@ class Refused(LoraportError):
 
 
 class DataError(Refused):
-    """Rows that cannot be trained on; the message names the file and the line."""
+    """Rows that cannot be trained on; the message names the file and the line. `file` and `row` (its line, or number,
+    from 1) say it to programs, where one row is at fault.
+    """
+
+    file: str = ""
+    row: int | None = None
 
 
 class BaseModelError(Refused):

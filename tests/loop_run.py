@@ -59,6 +59,7 @@ def run(folder: Path, resume: bool = False, callbacks: tuple[Any, ...] = (), **s
 def learned(history: list[dict[str, Any]]) -> list[dict[str, float]]:
     """What was logged, without times and memory."""
     figures = ("step", "loss", "grad_norm", "learning_rate", "eval_loss", "eval_token_accuracy")
+    figures += ("token_accuracy", "trained_tokens")
     return [{key: entry[key] for key in figures if key in entry} for entry in history if "train_runtime" not in entry]
 
 

@@ -9,6 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from loraport.clients.errors import ConfigError, ResourceError
+from loraport.train.checkpoint_adapters import choose
 from loraport.train.loop import trainer as trainer_module
 from loraport.train.loop.checkpoints import SEAL, clear, is_whole, newest, seal, step_of, unwritten, whole
 from loraport.train.loop.trainer import is_write_error
@@ -128,6 +129,13 @@ def test_kept_are_the_last_ones_and_the_best(tmp_path: Path) -> None:
     assert all(is_whole(path) for path in tmp_path.glob("checkpoint-*"))
 
 
+def test_those_that_become_adapters_are_kept_beside_the_best(tmp_path: Path) -> None:
+    settings = {"save_steps": 1, "eval_steps": 1, "learning_rate": 0.1}
+    _, outcome = run(tmp_path, keep_checkpoints=1, checkpoint_adapters=2, **settings)
+    assert {f"checkpoint-{step}" for step in (10, 11, 12, int(outcome.metrics["best_step"]))} <= set(files_of(tmp_path))
+    assert [step_of(path) for path in choose(tmp_path, outcome.history, 2)] == [10, 11]
+
+
 def test_the_last_one_goes_when_the_next_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(checkpoint: Path, identity: dict[str, Any]) -> None:
         if step_of(checkpoint) > 3:
@@ -156,6 +164,13 @@ def test_an_old_seal_does_not_vouch_for_a_checkpoint_that_is_written_again(tmp_p
         run(tmp_path, resume=True, epochs=1)
     assert seen == [False]
     assert is_whole(tmp_path / "checkpoint-4")
+
+
+def test_a_half_of_a_later_step_does_not_pass_for_the_newest(tmp_path: Path) -> None:
+    """As a kill leaves it while the checkpoint of a signal is written, when the run goes on from an earlier one."""
+    make(tmp_path, 11, sealed=False)
+    run(tmp_path, keep_checkpoints=1, epochs=2)
+    assert [step_of(path) for path in whole(tmp_path)][-1] == 8 and not (tmp_path / "checkpoint-11").exists()
 
 
 def test_the_best_weights_are_kept_though_no_checkpoint_was_due(tmp_path: Path) -> None:

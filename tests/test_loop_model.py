@@ -13,7 +13,7 @@ from loraport.train.data.tokens import Encoder
 from loraport.train.loop.lora import Device, load_lora, with_lora
 from loraport.train.memory.machine import Types, choose_types
 from loraport.train.proof.golden import golden_replies, greedy_reply
-from loraport.train.run import save_weights
+from loraport.train.storing import save_weights
 from tests.loop import config_for
 
 ROWS = [

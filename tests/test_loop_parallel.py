@@ -20,6 +20,7 @@ from loraport.clients.errors import AdapterError, Refused
 from loraport.clients.home import Home
 from loraport.train.adapters import WEIGHTS, Adapter, versions
 from loraport.train.base_model import resolve as open_base
+from loraport.train.checkpoint_adapters import checkpoint_adapters
 from loraport.train.config import RunConfig
 from loraport.train.defaults import Facts, resolve
 from loraport.train.loop import launch
@@ -28,6 +29,7 @@ from loraport.train.loop.launch import fit_on, load_trained
 from loraport.train.loop.lora import load_lora
 from loraport.train.loop.settings import Settings
 from loraport.train.loop.shards import ALIGNED, Shards
+from loraport.train.progress_file import ProgressFile
 from loraport.train.run import train
 from tests.conftest import ROOT, free_port
 from tests.loop import ToyRows, assert_same, config_for, lora_on, weights_of
@@ -61,22 +63,32 @@ def test_two_processes_are_one_run(tmp_path: Path) -> None:
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= sealed.keys()
 
 
-def parallel_run(home: Home, base: Path, data: Path, name: str, **settings: Any) -> Adapter:
+def parallel_run(
+    home: Home, base: Path, data: Path, name: str, file: ProgressFile | None = None, **settings: Any
+) -> Adapter:
     """A whole `train` with two processes on the CPU, unless the settings say otherwise."""
     given = {"model": str(base), "data": data, "name": name, "epochs": 1, "batch_size": 4, "rank": 8, "gpus": 2}
-    return train(RunConfig.model_validate(given | {"learning_rate": 1e-2, "eval_prompts": 2} | settings), home)
+    given |= {"learning_rate": 1e-2, "eval_prompts": 2}
+    return train(RunConfig.model_validate(given | settings), home, file=file)
 
 
 def test_a_run_on_two_processes_stores_what_one_would(tiny_base: Path, tmp_path: Path, home: Home) -> None:
-    data = write_rows(tmp_path / "rows.jsonl")
-    two = parallel_run(home, tiny_base, data, "two")
-    one = parallel_run(home, tiny_base, data, "one", gpus=1)
+    data, each_step = write_rows(tmp_path / "rows.jsonl"), {"eval_steps": 1, "checkpoint_adapters": 1}
+    two = parallel_run(home, tiny_base, data, "two", ProgressFile(tmp_path / "two.jsonl"), **each_step)
+    one = parallel_run(home, tiny_base, data, "one", ProgressFile(tmp_path / "one.jsonl"), **each_step, gpus=1)
     weights = [load_file(adapter.folder / WEIGHTS) for adapter in (two, one)]
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-5)
     assert two.manifest.metrics["eval_loss"] == pytest.approx(one.manifest.metrics["eval_loss"], rel=1e-4)
     assert two.manifest.golden and (two.folder / "report.html").is_file()
+    told = [[json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()] for name in ("two", "one")]
+    for kind in ("start", "metrics", "evaluation", "checkpoint", "adapter"):
+        lines = [[line for line in each if line["type"] == kind] for each in told]
+        for key in ("step", "first_step", "tokens", "trained_tokens", "train_mean_token_accuracy"):
+            assert [line.get(key) for line in lines[0]] == [line.get(key) for line in lines[1]], (kind, key)
+    kept = [[each.manifest.step for each in checkpoint_adapters(home, adapter)] for adapter in (two, one)]
+    assert kept == [[2], [2]]
 
 
 def test_why_one_of_the_processes_ended_is_told(tiny_base: Path, tmp_path: Path, home: Home) -> None:

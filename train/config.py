@@ -13,6 +13,7 @@ schema for editors are made from them (train/reference.py).
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -50,9 +51,10 @@ class RunConfig(BaseModel):
         "or a data set on the model hub (org/name, org/name:split)."
     )
     eval_data: Path | None = Field(None, description="Rows to evaluate on; default: a part of the training rows.")
-    format: Literal["auto", "chat", "sharegpt", "alpaca", "prompt", "text"] = Field(
+    format: Literal["auto", "preference", "chat", "sharegpt", "alpaca", "prompt", "text"] = Field(
         "auto",
-        description="What a row is: chat (`messages`, `tools`), sharegpt (`conversations`), alpaca (`instruction`, "
+        description="What a row is: preference (`input`, `preferred_output`, `non_preferred_output`, or `prompt`, "
+        "`chosen`, `rejected`), chat (`messages`, `tools`), sharegpt (`conversations`), alpaca (`instruction`, "
         "`input`, `output`), prompt (`prompt`, `completion`) or text (documents, trained whole). auto: by the keys of "
         "the first rows of a file.",
     )
@@ -81,6 +83,16 @@ class RunConfig(BaseModel):
         "q_proj, one for each flag. Default: the preset's.",
     )
 
+    method: Literal["sft", "dpo"] = Field(
+        "sft",
+        description="What is learnt: sft, what the rows say; dpo (direct preference optimisation), which of the two "
+        "replies in a row is preferred, measured against the base.",
+    )
+    beta: float | None = Field(
+        None,
+        gt=0,
+        description="Of dpo: how dear it is to leave the base; lower strays further from it. Default: 0.1.",
+    )
     epochs: float | None = Field(
         None,
         gt=0,
@@ -96,7 +108,11 @@ class RunConfig(BaseModel):
     learning_rate: float | None = Field(
         None,
         gt=0,
-        description="Peak learning rate; about ten times that of full fine-tuning. Default: by the model's width.",
+        description="Peak learning rate; about ten times that of full fine-tuning. Default: by the model's width, and "
+        "lower for dpo.",
+    )
+    learning_rate_multiplier: float | None = Field(
+        None, gt=0, description="Multiplies that default, where learning_rate is not given. Default: 1."
     )
     scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="Its way down from there.")
     warmup_ratio: float | None = Field(
@@ -133,6 +149,12 @@ class RunConfig(BaseModel):
     )
     save_steps: int | None = Field(None, ge=1, description="Steps between checkpoints; default: at each evaluation.")
     keep_checkpoints: int = Field(3, ge=1, description="Checkpoints kept while the run goes on, the best aside.")
+    checkpoint_adapters: int = Field(
+        0,
+        ge=0,
+        description="The newest so many checkpoints before the last step become adapters of their own when the run is "
+        "done, NAME.step-40 and so on; keep_checkpoints is raised to hold them.",
+    )
     eval_prompts: int = Field(
         20, ge=1, description="Held-out prompts that adapter and base answer after training, for scores and samples."
     )
@@ -178,6 +200,10 @@ class RunConfig(BaseModel):
             )
         if ALL_LINEAR in self.target_modules and len(self.target_modules) > 1:
             raise ValueError(f"--target-modules {ALL_LINEAR} stands alone: it is all of them")
+        if self.beta is not None and self.method != "dpo":
+            raise ValueError("--beta goes with --method dpo: there is nothing that it would weigh in sft")
+        if self.learning_rate is not None and self.learning_rate_multiplier is not None:
+            raise ValueError("--learning-rate and --learning-rate-multiplier: one of them")
         if self.warmup_ratio is not None and self.warmup_steps is not None:
             raise ValueError("--warmup-ratio and --warmup-steps: one of them")
         if self.eval_data and self.eval_fraction != RunConfig.model_fields["eval_fraction"].default:
@@ -188,6 +214,16 @@ class RunConfig(BaseModel):
                 f"is kept by its evaluation"
             )
         return self
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that a row is tokenised to, each with a length up to `sequence_length`."""
+        return 2 if self.method == "dpo" else 1
+
+    @property
+    def kept_checkpoints(self) -> int:
+        """Checkpoints kept while the run goes on: of those that become adapters, the last and the best are none."""
+        return max(self.keep_checkpoints, self.checkpoint_adapters + 2 if self.checkpoint_adapters else 0)
 
     def fingerprint(self, data_sha256: str, inputs: dict[str, str]) -> str:
         """Hash of all that decides the result: settings, data, and `inputs` such as the base; not where they lie.
@@ -225,13 +261,13 @@ SECTIONS = {
     "model": "Base",
     "data": "Data",
     "name": "Adapter",
-    "epochs": "Optimisation",
+    "method": "Optimisation",
     "checkpointing": "Memory (the result is the same)",
     "eval_rows": "Evaluation and checkpoints",
     "eval_prompts": "Proof and tracking",
 }
 PLACES = {"model", "revision", "data", "eval_data", "check"}  # where things lie: their content is hashed instead
-REPORTED = {"require", "track"}  # what is said of the result, and where
+REPORTED = {"require", "track", "checkpoint_adapters"}  # what is said of the result and where, and stored beside it
 MEMORY_ONLY = {
     "checkpointing",
     "gpu_memory",
@@ -316,10 +352,23 @@ def explain_invalid(error: ValidationError, where: str) -> ConfigError:
     if first["type"] == "extra_forbidden":
         near = get_close_matches(key, RunConfig.model_fields, 1)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(RunConfig.model_fields)}"
-        return ConfigError(f"unknown key {key!r} in {where}.", hint)
+        return at_fault(key, ConfigError(f"unknown key {key!r} in {where}.", hint))
     problem = first["msg"].removeprefix("Value error, ")
     value = f" (it is {first['input']!r})" if key else ""
     sentence = f"{key} in {where} is wrong: {problem}{value}." if key else f"{problem}."
     field = RunConfig.model_fields.get(key)
     hint = f"{key}: {field.description}" if field and field.description else "`loraport train --help` explains each"
-    return ConfigError(sentence, hint)
+    return at_fault(key, ConfigError(sentence, hint))
+
+
+def check_require(texts: Sequence[str]) -> None:
+    """ConfigError for a requirement that cannot be judged; for who writes a configuration for another process."""
+    from loraport.train.proof.gate import parse_requirements
+
+    parse_requirements(texts)
+
+
+def at_fault(key: str, error: ConfigError) -> ConfigError:
+    """`error` with the name of the setting at fault, if it is one alone."""
+    error.param = key or None
+    return error

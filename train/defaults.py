@@ -1,8 +1,9 @@
 """What a run configuration leaves open, derived from the data and the model, each value with its reason.
 
 Rules are from "LoRA Without Regret" (Schulman et al., 2025) where it has one: as many adapter parameters as tokens to
-learn, small batches, and a learning rate about ten times full fine-tuning's that hardly depends on the rank. What
-decides about memory alone is not here but in train/memory.
+learn, small batches, and a learning rate about ten times full fine-tuning's that hardly depends on the rank. Those for
+preferences (DPO) follow what its users publish: a low rate, few epochs. What decides about memory alone is not here but
+in train/memory.
 
     >>> facts = replace(Facts.of_base(base.config), rows=3477, tokens=2_400_000, trained_tokens=310_000, longest=1012)
     >>> config, choices = resolve(load_config(Path("run.yaml"), {}), facts)
@@ -30,6 +31,11 @@ EPOCHS = ((100, 5.0), (500, 3.0), (2000, 2.0), (math.inf, 1.0))
 # Peak rate of LoRA at hidden size H: 5e-5 * 10 * (2000 / H) ** 0.781, the fit of tinker-cookbook's get_lr for Llama.
 # Its exponent for Qwen is 0.0775, which gives more; the lower rate is the safer one.
 RATE_AT_2000, RATE_EXPONENT, RATE_BOUNDS = 5e-4, 0.781, (1e-4, 1e-3)
+# Of DPO. Rafailov et al. (2023) take beta 0.1. Its rate is a tenth of SFT's in Tulu 3, a fortieth in Zephyr (QLoRA:
+# 5e-6 of 2e-4), 5e-6 to 1e-5 in the LoRA recipes of LLaMA-Factory and Tinker for models of 8B: a twentieth lies among
+# them. A pair says little more than one bit, and what is repeated longer drives both replies out of the model.
+BETA, DPO_RATE_SHARE, DPO_RANK = 0.1, 20, 16
+DPO_EPOCHS = ((500, 3.0), (2000, 2.0), (math.inf, 1.0))
 WARMUP_SHARE, WARMUP_MOST = 0.05, 20
 # An evaluation's share of the time, the steps from one to the next, and how many a run has, epochs aside.
 EVAL_SHARE, EVAL_LEAST_STEPS, EVAL_MOST = 0.05, 50, 20
@@ -91,11 +97,14 @@ def resolve(config: RunConfig, facts: Facts) -> tuple[ResolvedConfig, list[Choic
             choices.append(Choice(field.replace("_", " "), in_words(derived[0]), derived[1]))
 
     fill("sequence_length", choose_length(facts))
-    fill("rank", choose_rank(facts))
+    fill("rank", choose_rank(facts, config.method))
     filled["alpha"] = config.alpha or PRESETS[config.preset].alpha_for(filled["rank"], config.rslora)
     fill("batch_size", choose_batch(facts))
-    fill("epochs", choose_epochs(facts))
-    fill("learning_rate", choose_rate(facts))
+    fill("epochs", choose_epochs(facts, config.method))
+    fill("learning_rate", choose_rate(facts, config.learning_rate_multiplier, config.method))
+    if config.method == "dpo":
+        fill("beta", (BETA, "as in the method's paper; lower strays further from the base"))
+    filled["learning_rate_multiplier"] = None  # it is in the rate now
     an_epoch, total = count_steps(config, facts, filled["batch_size"], filled["epochs"])
     fill("warmup_steps", choose_warmup(config, total))
     filled["warmup_ratio"] = None  # it is in the steps now
@@ -119,8 +128,13 @@ def choose_length(facts: Facts) -> tuple[int, str]:
     return length, f"the longest row, {facts.longest:,} tokens, rounded up"
 
 
-def choose_rank(facts: Facts) -> tuple[int, str]:
-    """The smallest of RANKS with as many parameters on all linear layers as there are tokens to learn."""
+def choose_rank(facts: Facts, method: str = "sft") -> tuple[int, str]:
+    """The smallest of RANKS with as many parameters on all linear layers as there are tokens to learn.
+
+    DPO learns no tokens: what a pair tells, a low rank holds.
+    """
+    if method == "dpo":
+        return DPO_RANK, "preferences hold little to learn, a common choice"
     if not facts.width or facts.trained_tokens is None:
         return 16, "a common choice; no rows to count tokens in"
     enough = [rank for rank in RANKS if rank * facts.width >= facts.trained_tokens]
@@ -137,24 +151,31 @@ def choose_batch(facts: Facts) -> tuple[int, str]:
     return size, f"{facts.rows:,} rows; LoRA prefers fewer than 32"
 
 
-def choose_epochs(facts: Facts) -> tuple[float, str]:
+def choose_epochs(facts: Facts, method: str = "sft") -> tuple[float, str]:
     """Passes over the rows."""
     if facts.rows is None:
         return 1.0, "as for thousands of rows"
-    epochs = next(epochs for below, epochs in EPOCHS if facts.rows < below)
+    table = DPO_EPOCHS if method == "dpo" else EPOCHS
+    epochs = next(epochs for below, epochs in table if facts.rows < below)
     if epochs == 1:
         return epochs, f"{facts.rows:,} rows are enough for one; a second tends to overfit"
     return epochs, f"{facts.rows:,} rows are few; more epochs than that tend to overfit"
 
 
-def choose_rate(facts: Facts) -> tuple[float, str]:
-    """Peak learning rate to one digit, by the width of the model."""
-    if not facts.hidden_size:
-        return 2e-4, "a common choice; the model does not tell its hidden size"
-    low, high = RATE_BOUNDS
-    rate = RATE_AT_2000 * (2000 / facts.hidden_size) ** RATE_EXPONENT
-    why = f"ten times full fine-tuning's at a hidden size of {facts.hidden_size:,}"
-    return float(f"{min(high, max(low, rate)):.0e}"), why
+def choose_rate(facts: Facts, multiplier: float | None = None, method: str = "sft") -> tuple[float, str]:
+    """Peak learning rate to one digit, by the width of the model; times `multiplier` where there is one."""
+    rate, why = 2e-4, "a common choice; the model does not tell its hidden size"
+    if facts.hidden_size:
+        low, high = RATE_BOUNDS
+        rate = RATE_AT_2000 * (2000 / facts.hidden_size) ** RATE_EXPONENT
+        rate = float(f"{min(high, max(low, rate)):.0e}")
+        why = f"ten times full fine-tuning's at a hidden size of {facts.hidden_size:,}"
+    if method == "dpo":
+        rate = float(f"{rate / DPO_RATE_SHARE:.0e}")
+        why = f"a twentieth of sft's, which is {why}"
+    if multiplier is None:
+        return rate, why
+    return float(f"{rate * multiplier:.4g}"), f"{multiplier:g} times {in_words(rate)}: {why}"
 
 
 def count_steps(config: RunConfig, facts: Facts, batch_size: int, epochs: float) -> tuple[int | None, int | None]:

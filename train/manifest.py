@@ -83,6 +83,7 @@ class Manifest(Part):
     version: str
     created: str  # ISO 8601, UTC
     fingerprint: str
+    step: int | None = None  # of the optimiser, where it is a checkpoint of a run and not its result
     base: BaseIdentity
     base_dtype: str  # as it was loaded in training: float32, bfloat16, nf4, ...
     rank: int

@@ -7,53 +7,71 @@ from which `resume` continues, and no version.
     'v1'
 """
 
-import math
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from loraport.clients.errors import BaseModelError, ConfigError, Refused, ResourceError, UsageError, os_errors
+from loraport.clients.errors import BaseModelError, ConfigError, UsageError
 from loraport.clients.home import Home, require_disk
 from loraport.clients.rows import Message, Row
 from loraport.clients.terminal import say
 from loraport.train import defaults
-from loraport.train.adapters import WEIGHTS, Adapter, PartialVersion, check_name, find_same, publish
+from loraport.train.adapters import Adapter, PartialVersion, check_name, find_same, publish
 from loraport.train.base_model import Base, identify, reply_settings_sha256, resolve
+from loraport.train.checkpoint_adapters import check_step_names, checkpoint_adapters, store_checkpoints
 from loraport.train.config import MEMORY_ONLY, PLACES, REPORTED, ResolvedConfig, RunConfig
 from loraport.train.data.dataset import Data, find_data, tokenise
 from loraport.train.data.split import spread
 from loraport.train.data.tokens import Encoder
-from loraport.train.loop.checkpoints import clear, held, newest, run_folder, step_of, whole
+from loraport.train.job import Job
+from loraport.train.loop.checkpoints import (
+    clear,
+    clear_stored,
+    held,
+    newest,
+    note_storing,
+    run_folder,
+    step_of,
+    whole,
+)
 from loraport.train.loop.settings import Settings
-from loraport.train.manifest import BaseIdentity, Golden, Manifest
+from loraport.train.progress_file import ProgressFile, write_adapter
 from loraport.train.proof.check import Check, check_sha256, load_check, try_check
 from loraport.train.proof.gate import Requirement, check_requirements, find_unmet, parse_requirements
-from loraport.train.weights import read_safetensors_shapes
+from loraport.train.storing import describe, save_weights
 
 # Part of the fingerprint: raised when the same inputs would now give another adapter.
 RECIPE = 3
 GOLDEN_PROMPTS = 16
 HELD_OUT = 200  # rows whose text is kept in memory for what comes after the training
 FALLBACK_PROMPT = [{"role": "user", "content": "Hello."}]  # where the rows are documents, which ask nothing
-SPARE_DISK = 16 * 2**20
 
 
-def train(config: RunConfig, home: Home, force: bool = False, resume: bool = False) -> Adapter:
+def train(
+    config: RunConfig,
+    home: Home,
+    force: bool = False,
+    resume: bool = False,
+    resume_or_start: bool = False,
+    file: ProgressFile | None = None,
+) -> Adapter:
     """Train as `config` says and return the stored version; the newest one when it is of the same inputs.
 
-    `force` trains in any case and from the beginning, `resume` continues a run that was ended. Raises UsageError or
-    ConfigError for wrong settings, DataError, BaseModelError or ResourceError for what cannot be trained here, Refused
-    for a run that diverged: none of them leaves a version. Shortfall when the stored version misses a requirement.
+    `force` trains in any case and from the beginning, `resume` continues a run that was ended, `resume_or_start` does
+    so where there is one of these settings and begins where there is none. `file` is told how it goes. Raises
+    UsageError or ConfigError for wrong settings, DataError, BaseModelError or ResourceError for what cannot be trained
+    here, Refused for a run that diverged: none of them leaves a version. Shortfall when the stored version misses a
+    requirement.
     """
     check_name(config.name)
-    requirements = parse_requirements(config.require)
+    check_step_names(config)
+    file = file or ProgressFile()
+    requirements = parse_requirements(config.require, config.method)
     check = load_check(config.check) if config.check else None
     found = find_data(config)
     base = resolve(config.model, config.revision)
@@ -61,18 +79,18 @@ def train(config: RunConfig, home: Home, force: bool = False, resume: bool = Fal
     inputs = identity.hashes | {"replies": reply_settings_sha256(base), "recipe": str(RECIPE)}
     judged = {"check": check_sha256(config.check)} if config.check else {}
     fingerprint = config.fingerprint(found.both_sha256, inputs | judged)
+    runs = run_folder(home, config.name)
     existing = None if force else find_same(home, config.name, fingerprint)
     if existing:
-        say(f"{config.name} {existing.manifest.version} is up to date: same rows, settings and base.")
-        judge(existing, requirements)
-        return existing
+        clear_stored(runs, fingerprint)
+        return answer(existing, home, requirements, file, is_new=False)
 
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read when torch first allocates
     from loraport.train.loop.progress import Phases
     from loraport.train.loop.tracking import check_trackers
 
     check_trackers(config.track)
-    phases = Phases()
+    phases = Phases(file)
     with phases("reading and tokenising rows"):
         facts = defaults.Facts.of_base(base.config)
         limit = config.sequence_length or facts.max_positions or sys.maxsize
@@ -84,37 +102,24 @@ def train(config: RunConfig, home: Home, force: bool = False, resume: bool = Fal
         try_references(check, held_out)
     gpus = count_gpus(resolved)
     settings = choose_settings(resolved, base, data, gpus)
-    runs = run_folder(home, config.name)
     sealed = seal_of(resolved, found.both_sha256, inputs)
     job = Job(resolved, base, identity, fingerprint, data, held_out, settings, gpus, choices, check, requirements)
     with held(runs):
-        checkpoint = choose_checkpoint(runs, sealed, force, resume)
-        adapter = run_job(job, home, phases, runs, sealed, checkpoint)
-    judge(adapter, requirements)
+        existing = None if force else find_same(home, config.name, fingerprint)  # another process's, meanwhile
+        if existing is None:
+            checkpoint = choose_checkpoint(runs, sealed, force, resume, resume_or_start)
+            adapter = run_job(job, home, phases, runs, sealed, checkpoint)
+    return answer(existing or adapter, home, requirements, file, is_new=existing is None)
+
+
+def answer(adapter: Adapter, home: Home, requirements: list[Requirement], file: ProgressFile, is_new: bool) -> Adapter:
+    """Tell of a version that is stored, now or before; Shortfall when it misses a requirement."""
+    manifest = adapter.manifest
+    if not is_new:
+        say(f"{manifest.name} {manifest.version} is up to date: same rows, settings and base.")
+    write_adapter(file, adapter, checkpoint_adapters(home, adapter), up_to_date=not is_new)
+    check_requirements(requirements, manifest.metrics, f"{manifest.name} {manifest.version}", str(adapter.folder))
     return adapter
-
-
-@dataclass(frozen=True)
-class Job:
-    """A training run when everything about it is known and nothing heavy has happened."""
-
-    config: ResolvedConfig
-    base: Base
-    identity: BaseIdentity
-    fingerprint: str
-    data: Data
-    held_out: list[Row]
-    settings: Settings
-    gpus: int
-    choices: list[defaults.Choice]
-    check: Check | None
-    requirements: list[Requirement]
-
-    @property
-    def disk(self) -> int:
-        """Bytes that the adapter will need, generously: in float32, and something for the report."""
-        facts = defaults.Facts.of_base(self.base.config)
-        return 4 * self.config.rank * (facts.width or 0) + SPARE_DISK
 
 
 def run_job(job: Job, home: Home, phases: Any, runs: Path, sealed: dict[str, Any], checkpoint: Path | None) -> Adapter:
@@ -129,7 +134,7 @@ def run_job(job: Job, home: Home, phases: Any, runs: Path, sealed: dict[str, Any
         require_disk(folder, job.disk, f"the adapter {config.name}")
         model, outcome = fit_here(job, phases, runs, sealed, checkpoint, tracking)
         with interrupted(runs, SystemExit):  # the loop has its own words for it
-            adapter = store(job, model, outcome, home, folder, phases, started)
+            adapter = store(job, model, outcome, home, folder, phases, started, runs)
         clear(runs)
         tracking.finish(adapter.folder, adapter.manifest.metrics)
         return adapter
@@ -158,11 +163,13 @@ def fit_here(
     from loraport.train.loop.launch import fit_on
     from loraport.train.loop.lora import load_lora
     from loraport.train.loop.progress import ProgressCallback
+    from loraport.train.loop.reporting import ReportCallback
 
+    report = ReportCallback(phases.file, facts_of(job), full=is_full(job.data))
     rest = (job.data.rows, job.data.eval_rows, job.config, job.settings, runs, sealed, checkpoint)
     if job.gpus > 1:
         with phases(f"training in {job.gpus} processes", bar=False):
-            model, outcome = fit_on(job.gpus, job.base, *rest, tracking.report_elsewhere)
+            model, outcome = fit_on(job.gpus, job.base, *rest, tracking.report_elsewhere, (report,))
         tracking.replay(outcome.history)
         return model, outcome
     limit_memory(job.config.gpu_memory)
@@ -170,26 +177,50 @@ def fit_here(
         model = load_lora(job.base, job.config)
     progress = ProgressCallback()
     with phases("training", bar=False), closing(progress):
-        return model, fit(model, *rest, (progress,), tracking.report_to)
+        return model, fit(model, *rest, (progress, report), tracking.report_to)
 
 
-def store(job: Job, model: Any, outcome: Any, home: Home, folder: Path, phases: Any, started: float) -> Adapter:
-    """Prove what was trained, write it into `folder` with its report, and publish it."""
+def facts_of(job: Job) -> dict[str, Any]:
+    """What the progress file says when the training begins."""
+    return {
+        "rows": len(job.data.rows),
+        "tokens_to_learn": int(job.data.rows.trained.sum()),
+        "epochs": job.config.epochs,
+        "run": job.config.model_dump(mode="json"),
+        "derived": [asdict(choice) for choice in job.choices],
+    }
+
+
+def is_full(data: Data) -> bool:
+    """Whether an evaluation is over all rows that there are for it."""
+    return not data.found.eval_source or len(data.eval_rows) == len(data.eval_rows.store)
+
+
+def store(
+    job: Job, model: Any, outcome: Any, home: Home, folder: Path, phases: Any, started: float, runs: Path
+) -> Adapter:
+    """Prove what was trained, write it into `folder` with its report, and publish it; before it its checkpoints."""
     from loraport.train.proof.golden import golden_replies
     from loraport.train.proof.report import describe_run, write_report
     from loraport.train.proof.summary import say_comparison, say_verdicts
-    from loraport.train.proof.verdict import judge_curves, judge_replies
+    from loraport.train.proof.verdict import judge_change, judge_curves, judge_preferences, judge_replies
 
+    prompts = short_prompts(job.data.encoder, job.held_out)
     with phases("golden replies"):
-        golden = golden_replies(model, job.data.encoder, short_prompts(job.data.encoder, job.held_out))
+        golden = golden_replies(model, job.data.encoder, prompts)
     compared = compare_with_base(job, model, phases)
     save_weights(model, folder)
     verdicts = judge_curves(outcome.history)
+    if job.config.method == "dpo":
+        verdicts += judge_preferences(outcome.metrics)
     metrics = outcome.metrics | {"seconds": round(time.monotonic() - started, 1)}
     if compared:
         metrics |= compared.metrics()
         say_comparison(job.config.name, compared)
-        verdicts += judge_replies(compared.adapter, compared.base, [sample.adapter for sample in compared.samples])
+        replies = [sample.adapter for sample in compared.samples]
+        verdicts += judge_replies(compared.adapter, compared.base, replies, job.config.method)
+        if job.config.method == "dpo":
+            verdicts += judge_change(replies, [sample.base for sample in compared.samples])
     say_verdicts(verdicts)
     if job.requirements:
         metrics["requirements_failed"] = len(find_unmet(job.requirements, metrics))
@@ -198,13 +229,11 @@ def store(job: Job, model: Any, outcome: Any, home: Home, folder: Path, phases: 
         folder,
         describe_run(manifest, outcome.history, compared, verdicts, job.requirements, job.choices, phases.seconds),
     )
+    if job.config.checkpoint_adapters:
+        with phases("storing checkpoints as adapters"):
+            store_checkpoints(job, model, runs, outcome.history, folder, prompts, golden, home)
+    note_storing(runs, job.fingerprint)
     return publish(home, folder, manifest)
-
-
-def judge(adapter: Adapter, requirements: list[Requirement]) -> None:
-    """Shortfall when a stored version misses a requirement."""
-    manifest = adapter.manifest
-    check_requirements(requirements, manifest.metrics, f"{manifest.name} {manifest.version}", str(adapter.folder))
 
 
 def say_inputs(base: Base, data: Data, choices: list[defaults.Choice]) -> None:
@@ -287,25 +316,36 @@ def seal_of(config: ResolvedConfig, data_sha256: str, inputs: dict[str, str]) ->
     return {"settings": settings, "the rows": data_sha256, "the base": inputs}
 
 
-def choose_checkpoint(runs: Path, sealed: dict[str, Any], force: bool, resume: bool) -> Path | None:
+def choose_checkpoint(
+    runs: Path, sealed: dict[str, Any], force: bool, resume: bool, resume_or_start: bool
+) -> Path | None:
     """The checkpoint to continue from, if any.
 
     UsageError when there is one and nobody said what to do with it: hours of work should not go without a word.
     """
-    if resume:
+    if resume or (resume_or_start and is_same_run(runs, sealed)):
         checkpoint = newest(runs, sealed)
         if checkpoint is None:
             raise UsageError(f"there is no checkpoint in {runs} to continue from.", "start without --resume")
         say(f"continuing after step {step_of(checkpoint)}")
         return checkpoint
     unfinished = whole(runs)
-    if unfinished and not force:
+    if unfinished and not (force or resume_or_start):
         raise UsageError(
             f"a run of this name was ended after step {step_of(unfinished[-1])}, and its checkpoint is in {runs}.",
             "continue it with --resume, or begin anew with --force",
         )
     clear(runs)
     return None
+
+
+def is_same_run(runs: Path, sealed: dict[str, Any]) -> bool:
+    """Whether there is a checkpoint to continue from; where it is of another run, that is said."""
+    try:
+        return newest(runs, sealed) is not None
+    except ConfigError as error:
+        say(f"note: {error.message} It begins anew.", "yellow")
+        return False
 
 
 def short_prompts(encoder: Encoder, held_out: list[Row]) -> list[list[Message]]:
@@ -333,65 +373,3 @@ def compare_with_base(job: Job, model: Any, phases: Any) -> Any:
         return None
     with phases("answering held-out prompts", total=2 * len(asked)) as phase:
         return compare(model, job.data.encoder, asked, job.check, phase.advance)
-
-
-def save_weights(model: Any, folder: Path) -> None:
-    """Write PEFT's two files, and nothing of the base.
-
-    Refused when a weight is not finite, or when the file holds more or less than the adapter.
-    """
-    from safetensors import SafetensorError
-
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not all(bool(parameter.isfinite().all()) for parameter in trained):
-        raise Refused("the adapter's weights are not finite.", "lower --learning-rate; nothing was stored")
-    with os_errors("writing", folder):
-        try:
-            model.save_pretrained(folder, save_embedding_layers=False)
-        except SafetensorError as error:
-            raise ResourceError(f"the adapter could not be written: {error}.", "is the disk full?") from error
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    shapes = read_safetensors_shapes(folder / WEIGHTS, Refused)
-    held, wanted = sum(math.prod(shape) for shape in shapes.values()), sum(each.numel() for each in trained)
-    if held != wanted:
-        raise Refused(
-            f"the adapter's file holds {held:,} parameters instead of {wanted:,}.",
-            "this is a bug of Loraport or of PEFT: nothing was stored",
-        )
-
-
-def describe(job: Job, model: Any, folder: Path, metrics: dict[str, float], golden: list[Golden]) -> Manifest:
-    """The manifest of the adapter in `folder`; its version is given when it is published."""
-    from loraport.train.loop.lora import Device, count_trainable
-    from loraport.train.memory.machine import choose_types
-
-    config = job.config
-    return Manifest(
-        name=config.name,
-        version="",
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        fingerprint=job.fingerprint,
-        base=job.identity,
-        base_dtype=choose_types(config, Device.here()).held,
-        rank=config.rank,
-        alpha=config.alpha,
-        target_modules=sorted(model.peft_config["default"].target_modules),
-        trainable_parameters=count_trainable(model),
-        adapter_bytes=(folder / WEIGHTS).stat().st_size,
-        max_lora_rank=config.max_lora_rank,
-        stop_tokens=sorted(job.data.encoder.stop_tokens),
-        chat_template_kwargs=job.data.encoder.template_kwargs,
-        data=job.data.counts(),
-        run=config.model_dump(mode="json"),
-        metrics=metrics,
-        versions={name: installed(name) for name in ("loraport", "torch", "transformers", "peft")},
-        golden=golden,
-    )
-
-
-def installed(package: str) -> str:
-    """Version of an installed package; "source" where it runs from a checkout."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "source"

@@ -1,4 +1,5 @@
-"""The formats in which rows come, each converted to a chat row: chat, ShareGPT, Alpaca, prompt/completion, text.
+"""The formats in which rows come, each converted to a chat row: chat, ShareGPT, Alpaca, prompt/completion, text; and
+preference, whose rows have two replies (preference.py).
 
 A file has one format, recognised by the keys of its first rows or named; a row that does not fit is refused.
 
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from loraport.clients.errors import DataError
+from loraport.clients.rows import preference
 from loraport.clients.rows.chat import check_messages, check_tools
 from loraport.clients.rows.row import EXAMPLE, Message, Row, place
 
@@ -135,6 +137,7 @@ def from_json(value: Any) -> Any:
 
 # name: keys of which a row has all of one group, and how it becomes messages. In the order of detection.
 FORMATS: dict[str, tuple[tuple[tuple[str, ...], ...], Callable[[Record, str], list[Message]] | None]] = {
+    "preference": (preference.KEYS, None),  # first: such rows may have their preferred conversation as messages too
     "chat": ((("messages",),), chat),
     "sharegpt": ((("conversations",),), sharegpt),
     "alpaca": ((("instruction", "output"),), alpaca),
@@ -147,6 +150,7 @@ HINTS = {
     "alpaca": 'a row is {"instruction": "…", "input": "…", "output": "…"}',
     "prompt": 'a row is {"prompt": "…", "completion": "…"}; both may be lists of messages',
     "text": 'a row is {"text": "…"}, a document that is trained whole',
+    "preference": preference.HINT,
 }
 
 
@@ -169,6 +173,10 @@ def convert(record: Any, format: str, source: str, line: int, unit: str = "line"
         missing = min(([key for key in keys if key not in record] for keys in groups), key=len)
         keys = ", ".join(map(repr, record)) or "nothing"
         raise DataError(f"{where}: no key {missing[0]!r} (it has {keys}).", HINTS[format])
+    if format == "preference":
+        pair = preference.read_pair(record, where)
+        messages, rejected, tools = (refuse_halves(part, where) for part in (pair.messages, pair.rejected, pair.tools))
+        return Row(messages, line, tools, None, source, unit, rejected)
     if build is None:
         return Row([], line, None, check_text(refuse_halves(record["text"], where), where), source, unit)
     messages, tools = build(record, where), check_tools(record.get("tools"), where)

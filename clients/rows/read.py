@@ -59,14 +59,16 @@ def refuse_unknown(path: Path, first: list[Record], unit: str) -> str:
     line, record = first[0]
     where = place(str(path), line, unit)
     if isinstance(record, Broken):
-        raise record.error
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: a {type(record).__name__}, not an object.", HINTS["chat"])
-    keys = ", ".join(map(repr, list(record)[:8])) or "nothing"
-    raise DataError(
-        f"{where}: no key 'messages', nor those of another format (it has {keys}).",
-        "; ".join(HINTS[name] for name in FORMATS),
-    )
+        error = record.error
+    elif not isinstance(record, dict):
+        error = DataError(f"{where}: a {type(record).__name__}, not an object.", HINTS["chat"])
+    else:
+        keys = ", ".join(map(repr, list(record)[:8])) or "nothing"
+        error = DataError(
+            f"{where}: no key 'messages', nor those of another format (it has {keys}).",
+            "; ".join(HINTS[name] for name in FORMATS),
+        )
+    raise BadRow(line, where, error, str(path)).error
 
 
 def read_rows(path: str | Path | Source, format: str = "auto") -> list[Row]:

@@ -4,7 +4,7 @@
 '4'
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loraport.clients.errors import DataError
@@ -21,7 +21,8 @@ class Row:
     """One conversation, or one document where `text` is given (then there are no messages).
 
     `line`: its line, or its number, in the file `source`, counted from 1. `tools`: JSON schemas of the functions that
-    the conversation may call. `unit`: what `line` counts.
+    the conversation may call. `unit`: what `line` counts. `rejected`: of a preference row, the reply that is not
+    preferred to the last message.
     """
 
     messages: list[Message]
@@ -30,6 +31,7 @@ class Row:
     text: str | None = None
     source: str = ""
     unit: str = "line"
+    rejected: Message | None = None
 
     @property
     def where(self) -> str:
@@ -54,6 +56,12 @@ class Row:
         """What that turn says, without its thoughts and tool calls."""
         return str(self.messages[self.last_reply]["content"])
 
+    @property
+    def swapped(self) -> "Row":
+        """A preference row with its two replies exchanged, to render the one that is not preferred."""
+        assert self.rejected is not None
+        return replace(self, messages=[*self.messages[:-1], self.rejected], rejected=self.messages[-1])
+
 
 @dataclass(frozen=True)
 class BadRow:
@@ -63,6 +71,9 @@ class BadRow:
     where: str
     error: DataError
     source: str = ""
+
+    def __post_init__(self) -> None:
+        self.error.file, self.error.row = self.source, self.line
 
 
 def place(source: str, line: int, unit: str = "line") -> str:

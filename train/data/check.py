@@ -27,6 +27,7 @@ WORDS = {
     "file": ("holds no rows that are understood", "hold no rows that are understood"),
     "unreadable": ("cannot be read", "cannot be read"),
     "structure": ("is no conversation to train on", "are no conversations to train on"),
+    "method": ("is for another method of training", "are for another method of training"),
     "template": ("is refused by the chat template", "are refused by the chat template"),
     "no_stop": ("does not end in a token that stops generation", "do not end in a token that stops generation"),
     "special_tokens": ("contains a special token of this model", "contain special tokens of this model"),
@@ -82,12 +83,14 @@ def check(
     format: str = "auto",
     task: str = "auto",
     tell: Callable[[int], None] = lambda rows: None,
+    method: str = "auto",
 ) -> Report:
     """Check all rows of `source`, and of `eval_source` where there is one; `tell` hears how many were, now and then.
 
+    `method`: sft or dpo, for which rows of the other kind are errors; auto is as the first row says.
     Raises UsageError for an unknown format; a row or a file that cannot be read is a finding.
     """
-    surveyor = Surveyor(encoder, limits.sequence_length, tell)
+    surveyor = Surveyor(encoder, limits.sequence_length, tell, method)
     train = surveyor.survey(source, format, "train")
     evaluation = surveyor.survey(eval_source, format, "eval") if eval_source else None
     return conclude(train, evaluation, limits, task)

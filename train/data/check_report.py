@@ -48,7 +48,7 @@ def show_counts(survey: Survey, what: str) -> None:
     """A source in one line."""
     tokens, trained = int(survey.column("length").sum()), int(survey.column("trained").sum())
     unusable = survey.read - survey.usable
-    words = f"{survey.name}: {count_of(survey.read, 'row')}{what}"
+    words = f"{survey.name}: {count_of(survey.read, 'preference row' if survey.pairs else 'row')}{what}"
     if unusable:
         words += f", {unusable:,} of them unusable"
     if tokens:

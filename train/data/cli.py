@@ -63,8 +63,11 @@ def check_rows(
     sequence_length: Length = None,
     task: Annotated[
         str,
-        typer.Option("--task", help="What the rows teach: classification, format, qa, text, code or reasoning."),
+        typer.Option("--task", help="What they teach: classification, format, qa, text, code, reasoning, preference."),
     ] = "auto",
+    method: Annotated[
+        str | None, typer.Option("--method", help="Of the training: sft or dpo. [default: what the rows are for]")
+    ] = None,
     fix: Annotated[Path | None, typer.Option("--fix", help="Write a cleaned copy to this JSONL file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite that file.")] = False,
     json: Json = False,
@@ -86,6 +89,7 @@ def check_rows(
         eval_data=eval_data,
         format=format,
         sequence_length=sequence_length,
+        method=method,
     )
     if fix:
         refuse_own_rows(fix, inputs.source, inputs.eval_source)
@@ -98,14 +102,15 @@ def check_rows(
         def tell(rows: int) -> None:
             status.update(f"{rows:,} rows checked")
 
-        report = check(inputs.source, inputs.eval_source, inputs.encoder, inputs.limits, inputs.format, task, tell)
+        limits, method = inputs.limits, inputs.method
+        report = check(inputs.source, inputs.eval_source, inputs.encoder, limits, inputs.format, task, tell, method)
     document = report.document()
     if not json:
         show_report(report)
     errors = report.errors
     if fix:
         with console.status(f"writing {fix}"):
-            fixed = write_fixed(inputs.source, inputs.eval_source, inputs.encoder, inputs.limits, fix, inputs.format)
+            fixed = write_fixed(inputs.source, inputs.eval_source, inputs.encoder, limits, fix, inputs.format, method)
         document["fixed"] = fixed.document()
         errors = fixed.remaining
         if not json:

@@ -38,8 +38,11 @@ def duplicates(train: Survey) -> Finding:
 
 
 def contradictions(train: Survey) -> Finding:
-    """Rows that answer a prompt otherwise than its first row does, case and spacing aside; that row is listed too."""
-    prompts, answers = train.column("prompt"), train.column("answer")
+    """Rows that answer a prompt otherwise than its first row does, case and spacing aside; that row is listed too.
+
+    A prompt may be asked of several pairs; what contradicts is to prefer one reply to another, and that one to it.
+    """
+    prompts, answers = train.column("question"), train.column("answer")
     first = earliest(prompts)
     other = np.flatnonzero((answers != answers[first]) & (prompts != 0)) if len(first) else first
     groups = np.unique(first[other])
@@ -49,6 +52,9 @@ def contradictions(train: Survey) -> Finding:
         for index in sorted(listed, key=lambda index: (first[index], index))
     ]
     have = "has" if len(groups) == 1 else "have"
+    if train.pairs:
+        message = f"{count_of(groups, 'choice')} between two replies {have} been made both ways, in "
+        return Finding("contradiction", places, f"{message}{count_of(places, 'row')}.", "decide for one way")
     return Finding(
         "contradiction",
         places,

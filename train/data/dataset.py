@@ -52,7 +52,7 @@ class Data:
             rows=len(self.rows),
             tokens=int(self.rows.lengths.sum()),
             trained_tokens=int(self.rows.trained.sum()),
-            longest=max(int(self.rows.lengths.max()), int(self.eval_rows.lengths.max())),
+            longest=max(int(rows.longest_sequences.max()) for rows in (self.rows, self.eval_rows)),
             eval_rows=len(self.eval_rows),
         )
 
@@ -79,12 +79,12 @@ def find_data(config: RunConfig) -> Found:
 def tokenise(found: Found, config: RunConfig, encoder: Encoder, home: Home, limit: int) -> Data:
     """Rows of at most `limit` tokens; without evaluation data a part of the training rows is held out.
 
-    DataError at the first row that cannot be trained on, ConfigError where nothing is left to train on.
+    DataError at the first row that the method cannot be trained on, ConfigError where nothing is left to train on.
     """
-    store = open_store(found.source, config.format, encoder, home, found.sha256)
+    store = open_store(found.source, config.format, encoder, home, found.sha256, config.method)
     refuse_long(store, limit)
     if found.eval_source:
-        eval_store = open_store(found.eval_source, config.format, encoder, home, found.eval_sha256)
+        eval_store = open_store(found.eval_source, config.format, encoder, home, found.eval_sha256, config.method)
         refuse_long(eval_store, limit)
         rows, eval_rows = store.subset(range(len(store))), eval_store.subset(spread(len(eval_store), config.eval_rows))
     else:

@@ -86,7 +86,13 @@ def refuse_own_rows(out: Path, *sources: Source | None) -> None:
 
 
 def fix(
-    source: Source, eval_source: Source | None, encoder: Encoder, limits: Limits, out: Path, format: str = "auto"
+    source: Source,
+    eval_source: Source | None,
+    encoder: Encoder,
+    limits: Limits,
+    out: Path,
+    format: str = "auto",
+    method: str = "auto",
 ) -> Fixed:
     """Write the cleaned copy `out`; DataError when no row would be left, and then nothing is written."""
     fixed = Fixed(out)
@@ -94,7 +100,7 @@ def fix(
     try:
         with os_errors("writing", out):
             origins = write_mended(source, format, encoder, mended, fixed)
-            drop = rows_to_drop(mended, eval_source, encoder, limits, fixed) if len(origins) else {}
+            drop = rows_to_drop(mended, eval_source, encoder, limits, fixed, method) if len(origins) else {}
             for line, finding in drop.items():
                 fixed.dropped.setdefault(finding, []).append(origins.place(line))
             fixed.kept = len(origins) - len(drop)
@@ -136,7 +142,7 @@ class Origins:
 def write_mended(source: Source, format: str, encoder: Encoder, mended: Path, fixed: Fixed) -> Origins:
     """Write all rows that can be read, mended; note what was changed and which rows could not be read."""
     origins = Origins()
-    kinds: set[bool] = set()
+    kinds: set[str] = set()
     with mended.open("w", encoding="utf-8") as handle:
         for row in mended_rows(source, format, fixed):
             if isinstance(row, BadRow):
@@ -144,9 +150,9 @@ def write_mended(source: Source, format: str, encoder: Encoder, mended: Path, fi
                 fixed.dropped.setdefault(kind_of(row), []).append(place)
                 continue
             clean = mend(row, encoder.template.specials, fixed)
-            kinds.add(clean.text is not None)
+            kinds.add("pairs" if clean.rejected else "conversations" if clean.text is None else "documents")
             if len(kinds) > 1:
-                raise DataError(f"{source.name} holds documents and conversations.", "fix them in two runs")
+                raise DataError(f"{source.name} holds {' and '.join(sorted(kinds))}.", "fix them in two runs")
             handle.write(json.dumps(document_of(clean), ensure_ascii=False) + "\n")
             origins.add(row.source, row.line)
     return origins
@@ -156,6 +162,9 @@ def document_of(row: Row) -> dict[str, Any]:
     """A row as it stands in a JSONL file."""
     if row.text is not None:
         return {"text": row.text}
+    if row.rejected is not None:
+        asked = {"messages": row.messages[:-1]} | ({"tools": row.tools} if row.tools else {})
+        return {"input": asked, "preferred_output": row.messages[-1:], "non_preferred_output": [row.rejected]}
     return {"messages": row.messages} | ({"tools": row.tools} if row.tools else {})
 
 
@@ -209,14 +218,17 @@ def mend(row: Row, specials: re.Pattern[str] | None, fixed: Fixed) -> Row:
         done.update(name for name, was in (("token_removed", shorn != text), ("token_broken", broken != shorn)) if was)
         return broken
 
+    def mend_message(message: Message) -> Message:
+        return message | {key: clean(message[key]) for key in ("content", "reasoning_content") if key in message}
+
     messages: list[Message] = []
     for message in row.messages:
         if message["role"] == "system" and not message["content"].strip():
             done.add("turn_removed")
-            continue
-        texts = {key: clean(message[key]) for key in ("content", "reasoning_content") if key in message}
-        messages.append(message | texts)
-    mended = replace(row, messages=messages, text=clean(row.text) if row.text is not None else None)
+        else:
+            messages.append(mend_message(message))
+    text = clean(row.text) if row.text is not None else None
+    mended = replace(row, messages=messages, text=text, rejected=mend_message(row.rejected) if row.rejected else None)
     for change in done:
         fixed.changed.setdefault(change, []).append(Place("train", row.source, row.line))
     return mended
@@ -236,10 +248,10 @@ def break_tokens(text: str, specials: re.Pattern[str]) -> str:
 
 
 def rows_to_drop(
-    mended: Path, eval_source: Source | None, encoder: Encoder, limits: Limits, fixed: Fixed
+    mended: Path, eval_source: Source | None, encoder: Encoder, limits: Limits, fixed: Fixed, method: str
 ) -> dict[int, str]:
     """Lines of the mended file that are left out, and the kind of finding for which they are."""
-    report = check(Source(str(mended), (mended,)), eval_source, encoder, limits)
+    report = check(Source(str(mended), (mended,)), eval_source, encoder, limits, method=method)
     drop: dict[int, str] = {}
     for finding in report.findings:
         if finding.level == "error" or finding.kind == "duplicate":

@@ -24,17 +24,18 @@ LENGTH_UNKNOWN = 2048  # where neither the user nor the model names a limit
 
 @dataclass(frozen=True)
 class Inputs:
-    """Sources, their format, the encoder, and the limits that rows must keep."""
+    """Sources, their format, the encoder, the limits that rows must keep, and the method that they are for."""
 
     source: Source
     eval_source: Source | None
     format: str
     encoder: Encoder
     limits: Limits
+    method: str
 
 
 def read_inputs(config: Path | None, **flags: Any) -> Inputs:
-    """Everything a check needs.
+    """Everything a check needs. Where neither a file nor a flag says a method, it is auto: what the rows are for.
 
     Raises ConfigError or UsageError for wrong settings and missing files, BaseModelError for an unusable base.
     """
@@ -42,6 +43,7 @@ def read_inputs(config: Path | None, **flags: Any) -> Inputs:
     if "format" in RunConfig.model_fields:
         flags["format"] = format
     resolved = load_config(config, flags)
+    method = resolved.method if config or flags.get("method") else "auto"
     format = getattr(resolved, "format", None) or format or "auto"
     if format not in ("auto", *FORMATS):
         raise UsageError(f"there is no format {format!r}.", f"formats are auto, {', '.join(FORMATS)}")
@@ -52,7 +54,8 @@ def read_inputs(config: Path | None, **flags: Any) -> Inputs:
     settings = read_json(base.folder / "config.json") if (base.folder / "config.json").is_file() else {}
     facts = Facts.of_base(settings)
     length = resolved.sequence_length or facts.max_positions or LENGTH_UNKNOWN
-    return Inputs(source, eval_source, format, Encoder.load(base.folder), Limits(length, capacity_of(resolved, facts)))
+    limits = Limits(length, capacity_of(resolved, facts))
+    return Inputs(source, eval_source, format, Encoder.load(base.folder), limits, method)
 
 
 def capacity_of(config: RunConfig, facts: Facts) -> int | None:

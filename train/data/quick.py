@@ -8,8 +8,10 @@ itself is not looked for, because a run refuses such rows before; how rows relat
 """
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 
@@ -18,10 +20,11 @@ from loraport.clients.home import write_json
 from loraport.clients.terminal import say
 from loraport.train.data.check import Limits, Report, conclude
 from loraport.train.data.findings import Finding
-from loraport.train.data.flat import Array, FlatTokens
+from loraport.train.data.flat import FlatTokens
+from loraport.train.data.preference import sequences
 from loraport.train.data.split import normalise
 from loraport.train.data.store import Subset, TokenStore
-from loraport.train.data.survey import SAMPLED, Survey, Surveyor, digest
+from loraport.train.data.survey import SAMPLED, Survey, Surveyor, answer_of, digest, question_of
 from loraport.train.data.tokens import IGNORED, Encoder
 
 UNLIMITED = 1 << 30  # a run refuses rows that are too long by itself
@@ -50,21 +53,25 @@ def survey_tokens(rows: Subset, data: str, surveyor: Surveyor) -> Survey:
     while found.read < len(rows):
         here = slice(found.read, min(len(rows), found.read + surveyor.chunk))
         items = [rows[index] for index in range(here.start, here.stop)]
-        ids, labels = [item["input_ids"] for item in items], [item["labels"] for item in items]
-        documents = [len(label) > 1 and bool(label[1] != IGNORED) for label in labels]  # others begin with a prompt
-        tokens = FlatTokens.of(ids, labels, documents)
-        answers = decode_answers(tokens, surveyor.encoder, found)
+        tokens, *rest = (flat_tokens(part) for part in zip(*(sequences(item) for item in items), strict=True))
+        other = rest[0] if rest else None
+        found.pairs = other is not None
+        prompts = np.where(tokens.documents, np.uint64(0), groups[here])
+        replies = decode_answers(tokens, surveyor.encoder, found)
+        if other:
+            others = decode_answers(other, surveyor.encoder, None)
+            replies = [[*own, *theirs] for own, theirs in zip(replies, others, strict=True)]
+        answers = np.array([answer_of(each) for each in replies], np.uint64)
+        questions = [question_of(int(prompt), each) for prompt, each in zip(prompts, replies, strict=True)]
         columns = {
             "row": lines[here],
             "file": files[here],
             "all_lengths": tokens.lengths,
-            "length": tokens.lengths,
-            "trained": tokens.trained_counts,
-            "answer_length": tokens.lengths - tokens.answer_starts,
-            "whole": np.array([digest(row.tobytes()) for row in ids], np.uint64),
-            "prompt": np.where(tokens.documents, np.uint64(0), groups[here]),
+            "whole": np.array([digest(item["input_ids"].tobytes()) for item in items], np.uint64),
+            "prompt": prompts,
             "answer": np.where(tokens.documents, np.uint64(0), answers),
-            **surveyor.sign(tokens),
+            "question": np.array(questions, np.uint64),
+            **surveyor.measure(tokens, other),
         }
         for name, values in columns.items():
             found.parts.setdefault(name, []).append(values)
@@ -72,20 +79,27 @@ def survey_tokens(rows: Subset, data: str, surveyor: Surveyor) -> Survey:
     return found
 
 
-def decode_answers(tokens: FlatTokens, encoder: Encoder, found: Survey) -> Array:
-    """Hashes of the answers' texts without differences of case and spacing; the first ones are also sampled."""
+def flat_tokens(items: Sequence[dict[str, Any]]) -> FlatTokens:
+    """Sequences of the store in one array."""
+    labels = [item["labels"] for item in items]
+    documents = [len(label) > 1 and bool(label[1] != IGNORED) for label in labels]  # others begin with a prompt
+    return FlatTokens.of([item["input_ids"] for item in items], labels, documents)
+
+
+def decode_answers(tokens: FlatTokens, encoder: Encoder, found: Survey | None) -> list[list[str]]:
+    """The answers' texts, one a row, without differences of case and spacing; `found` samples the first ones."""
     backend = encoder.tokenizer.backend_tokenizer
     rows = [tokens.row(index) for index in range(len(tokens.lengths))]
     parts = [
         (row[:start].tolist(), row[start:].tolist()) for row, start in zip(rows, tokens.answer_starts, strict=True)
     ]
     texts = backend.decode_batch([answer for _, answer in parts])
-    if found.sample.rows < SAMPLED:
+    if found and found.sample.rows < SAMPLED:
         asked = backend.decode_batch([prompt for prompt, _ in parts])
         for prompt, answer, document in zip(asked, texts, tokens.documents, strict=True):
             if not document:
                 found.sample.add(prompt, answer, thinks=False, calls=False)
-    return np.array([digest(normalise(text)) for text in texts], np.uint64)
+    return [[normalise(text)] for text in texts]
 
 
 def warnings_of(train: Subset, evaluation: Subset, encoder: Encoder) -> list[str]:

@@ -45,16 +45,18 @@ class Span:
 
 @dataclass(frozen=True)
 class Shown:
-    """A row, its tokens and trained parts."""
+    """A row, its tokens and trained parts; `other`: of a pair, the same with the reply that is not preferred."""
 
     row: Row
     example: Example
     cells: list[Cell]
     spans: list[Span]
+    other: "Shown | None" = None
 
     def document(self) -> dict[str, Any]:
         """For JSON: ids, labels and texts of the same length or shorter, see Cell."""
-        return {
+        pair = {"non_preferred": self.other.document()} if self.other else {}
+        return pair | {
             "file": self.row.source,
             "row": self.row.line,
             "tokens": len(self.example.input_ids),
@@ -79,8 +81,13 @@ def show_row(source: Source, wanted: str | None, format: str, encoder: Encoder) 
     row = find_row(source, wanted, format)
     if isinstance(row, BadRow):
         raise row.error
-    example = encoder.encode(row)
-    return Shown(row, example, cells_of(example, encoder), spans_of(example, encoder))
+    return show_example(row, encoder.encode(row), encoder)
+
+
+def show_example(row: Row, example: Example, encoder: Encoder) -> Shown:
+    """A row that was tokenised."""
+    other = show_example(row, example.rejected, encoder) if example.rejected else None
+    return Shown(row, example, cells_of(example, encoder), spans_of(example, encoder), other)
 
 
 def find_row(source: Source, wanted: str | None, format: str) -> Row | BadRow:
@@ -144,12 +151,26 @@ def spans_of(example: Example, encoder: Encoder) -> list[Span]:
 
 
 def print_row(shown: Shown, sequence_length: int) -> None:
-    """Print it: the row in words, its tokens, its trained parts."""
-    example = shown.example
-    length = len(example.input_ids)
-    say(f"{shown.row.where}: {length:,} tokens, {example.trained_tokens:,} of them trained", "bold")
+    """Print it: the row in words, its tokens, its trained parts; of a pair the same twice."""
+    name = "preferred output: " if shown.other else ""
+    say(f"{shown.row.where}: {name}{count_tokens(shown)}", "bold")
     say(f"{BEGIN}{END} around what is trained, {BETWEEN} between tokens, {SHOWN_NEWLINE} a line's end", "dim")
     say("")
+    print_tokens(shown, sequence_length)
+    if shown.other:
+        say("")
+        say(f"{shown.row.where}: non-preferred output: {count_tokens(shown.other)}", "bold")
+        say("")
+        print_tokens(shown.other, sequence_length)
+
+
+def count_tokens(shown: Shown) -> str:
+    """How many there are."""
+    return f"{len(shown.example.input_ids):,} tokens, {shown.example.trained_tokens:,} of them trained"
+
+
+def print_tokens(shown: Shown, sequence_length: int) -> None:
+    """Print tokens and trained parts of one sequence."""
     text = draw(shown.cells)
     console.print(text, end="" if text.plain.endswith("\n") else "\n")
     say("")
@@ -157,9 +178,9 @@ def print_row(shown: Shown, sequence_length: int) -> None:
         ending = "generation stops" if span.stop else "generation does NOT stop"
         count = count_of(span.behind - span.first, "token")
         say(f"trained: {count}, number {span.first + 1:,} to {span.behind:,}; on the last, {span.last!r}, {ending}")
-    if example.untrained_turns:
-        say(f"note: {example.untrained_turns} earlier assistant turns carry no loss", "yellow")
-    if length > sequence_length:
+    if shown.example.untrained_turns:
+        say(f"note: {shown.example.untrained_turns} earlier assistant turns carry no loss", "yellow")
+    if len(shown.example.input_ids) > sequence_length:
         say(f"warning: longer than {sequence_length:,} tokens, so training refuses the row", "yellow")
 
 

@@ -3,7 +3,8 @@
 Rows are streamed through `Encoder.encode_many` into one file of tokens (int32) and one of marks (a byte each: loss or
 none), beside a few numbers a row. Plain files, read by `pread`: nothing has to be converted, as Arrow would, and
 unlike pages of a memory map what was read does not count as memory of the process. They lie in the cache of the home
-under a hash of all that they depend on, so that the next run over the same rows begins at once.
+under a hash of all that they depend on, so that the next run over the same rows begins at once. A preference row has
+the tokens of its two sequences one behind the other, and `chosen` says where the second begins.
 
     >>> store = open_store(find_source("rows.jsonl"), "auto", encoder, home)
     >>> store[0]["labels"].shape == (store.lengths[0],)
@@ -31,13 +32,14 @@ from numpy.typing import NDArray
 from loraport.clients.errors import DataError, os_errors
 from loraport.clients.home import Home, require_disk, write_json
 from loraport.clients.rows import BadRow, Row, Source, hash_source, iter_rows, place, unit_of
+from loraport.train.data.preference import of_method, refuse_other_method
 from loraport.train.data.split import Indices, group_of
 from loraport.train.data.tokens import IGNORED, Encoder, Example
 
-LAYOUT = 1  # raised when the same inputs would now give other files
+LAYOUT = 2  # raised when the same inputs would now give other files
 DISK_PER_BYTE = 2.5  # of data: five bytes a token, and seldom more than a token for two bytes
 PACKED = 3  # times that text shrinks in Parquet and gzip
-COLUMNS = {"lengths": "i", "trained": "i", "lines": "q", "files": "i", "thinking": "b", "groups": "Q"}
+COLUMNS = {"lengths": "i", "chosen": "i", "trained": "i", "lines": "q", "files": "i", "thinking": "b", "groups": "Q"}
 TOKENS, MARKS = "tokens.bin", "marks.bin"
 SHOWN_LINES, KEPT_DAYS = 5, 30
 
@@ -53,13 +55,18 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> dict[str, NDArray[np.int32]]:
-        """Row `index`: `input_ids` and `labels`, int32 of shape (T,); labels are IGNORED where there is no loss."""
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Row `index`: `input_ids` and `labels`, int32 of shape (T,); labels are IGNORED where there is no loss.
+
+        Of a pair also `chosen`, the number of tokens that are of its first sequence.
+        """
         begin, length = int(self._begins[index]), int(self.lengths[index])
         tokens, marks = self._handles
         ids = np.frombuffer(read_at(tokens, 4 * begin, 4 * length), dtype=np.int32)
         learned = np.frombuffer(read_at(marks, begin, length), dtype=np.bool_)
-        return {"input_ids": ids, "labels": np.where(learned, ids, np.int32(IGNORED))}
+        cut = int(self.chosen[index])
+        pair = {"chosen": cut} if cut else {}
+        return {"input_ids": ids, "labels": np.where(learned, ids, np.int32(IGNORED))} | pair
 
     @cached_property
     def about(self) -> dict[str, Any]:
@@ -68,8 +75,18 @@ class TokenStore:
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:
-        """Tokens of each row: int32 (N,)."""
+        """Tokens of each row, of a pair those of both sequences: int32 (N,)."""
         return self._column("lengths")
+
+    @cached_property
+    def chosen(self) -> NDArray[np.int32]:
+        """Of a pair, the tokens of the sequence with the preferred reply; 0 for other rows: int32 (N,)."""
+        return self._column("chosen")
+
+    @property
+    def longest_sequences(self) -> NDArray[np.int32]:
+        """Tokens of each row's longer sequence: int32 (N,)."""
+        return longer(self.lengths, self.chosen)
 
     @cached_property
     def trained(self) -> NDArray[np.int32]:
@@ -149,7 +166,7 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> dict[str, NDArray[np.int32]]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """As the store's."""
         return self.store[int(self.indices[index])]
 
@@ -157,6 +174,11 @@ class Subset:
     def lengths(self) -> NDArray[np.int32]:
         """As the store's: int32 (M,)."""
         return self.store.lengths[self.indices]
+
+    @property
+    def longest_sequences(self) -> NDArray[np.int32]:
+        """As the store's: int32 (M,)."""
+        return longer(self.lengths, self.store.chosen[self.indices])
 
     @cached_property
     def trained(self) -> NDArray[np.int32]:
@@ -166,6 +188,12 @@ class Subset:
     def rows(self, indices: Iterable[int]) -> list[Row]:
         """As the store's; `indices` count within this subset."""
         return self.store.rows(self.indices[list(indices)])
+
+
+def longer(lengths: NDArray[np.int32], chosen: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Tokens of the longer sequence of rows of `lengths`, the first `chosen` of which are the first sequence's."""
+    found: NDArray[np.int32] = np.maximum(chosen, lengths - chosen)
+    return found
 
 
 def read_at(handle: int, offset: int, length: int) -> bytes:
@@ -180,10 +208,13 @@ def read_at(handle: int, offset: int, length: int) -> bytes:
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def open_store(source: Source, format: str, encoder: Encoder, home: Home, data_sha256: str = "") -> TokenStore:
+def open_store(
+    source: Source, format: str, encoder: Encoder, home: Home, data_sha256: str = "", method: str = "auto"
+) -> TokenStore:
     """The store of a source's rows, from the cache or made now. `data_sha256`: of `hash_source`, if it is known.
 
-    DataError at the first row that cannot be trained on, ResourceError without disk; neither leaves a file.
+    DataError at the first row that cannot be trained on, or is not for `method` (auto: unlike the first row),
+    ResourceError without disk; neither leaves a file.
     """
     key = json.dumps([LAYOUT, data_sha256 or hash_source(source), format, encoder.fingerprint])
     parent = home.ensure(home.cache / "tokens")
@@ -192,13 +223,15 @@ def open_store(source: Source, format: str, encoder: Encoder, home: Home, data_s
     if (target / "about.json").is_file():
         with suppress(OSError):
             os.utime(target)  # it is in use: see `sweep`
+        if method != "auto":
+            refuse_other_method(store, method)
         return store
     require_disk(parent, int(DISK_PER_BYTE * expected_bytes(source)), f"the token cache of {source.name}")
     sweep(parent)
     with os_errors("writing", parent):
         partial = Path(tempfile.mkdtemp(prefix=f".partial-{os.getpid()}-", dir=parent))
         try:
-            build(store, encoder, partial)
+            build(store, encoder, partial, method)
             with suppress(OSError):  # another run was faster; its files are the same
                 partial.rename(target)
         finally:
@@ -223,18 +256,20 @@ def sweep(parent: Path) -> None:
                 shutil.rmtree(kept, ignore_errors=True)
 
 
-def build(store: TokenStore, encoder: Encoder, folder: Path) -> None:
+def build(store: TokenStore, encoder: Encoder, folder: Path, method: str = "auto") -> None:
     """Write the files of a store into `folder`."""
     columns = {name: array(code) for name, code in COLUMNS.items()}
     numbers = {str(path): number for number, path in enumerate(store.source.files)}
     untrained = 0
     with ExitStack() as stack:
         tokens, marks = (stack.enter_context((folder / name).open("wb", 1 << 20)) for name in (TOKENS, MARKS))
-        for example in encoder.encode_many(iter_rows(store.source, store.format)):
+        for example in encoder.encode_many(of_method(iter_rows(store.source, store.format), method)):
             if isinstance(example, BadRow):
                 raise example.error
-            tokens.write(np.ascontiguousarray(example.input_ids).data)
-            marks.write((example.labels != IGNORED).data)
+            for each in (example, example.rejected):
+                if each:
+                    tokens.write(np.ascontiguousarray(each.input_ids).data)
+                    marks.write((each.labels != IGNORED).data)
             untrained += example.untrained_turns
             note(columns, example, numbers)
     for name, values in columns.items():
@@ -254,8 +289,10 @@ def build(store: TokenStore, encoder: Encoder, folder: Path) -> None:
 def note(columns: dict[str, "array[Any]"], example: Example, numbers: dict[str, int]) -> None:
     """The numbers that are kept of a row."""
     assert example.row is not None
-    columns["lengths"].append(len(example.input_ids))
-    columns["trained"].append(example.trained_tokens)
+    first, other = len(example.input_ids), example.rejected
+    columns["lengths"].append(first + (len(other.input_ids) if other else 0))
+    columns["chosen"].append(first if other else 0)
+    columns["trained"].append(example.trained_tokens + (other.trained_tokens if other else 0))
     columns["lines"].append(example.line)
     columns["files"].append(numbers[example.row.source])
     columns["thinking"].append(example.thinking)
@@ -263,13 +300,19 @@ def note(columns: dict[str, "array[Any]"], example: Example, numbers: dict[str, 
 
 
 def refuse_long(store: TokenStore, longest: int) -> None:
-    """DataError that counts the rows longer than `longest` tokens and names the first of them."""
-    too_long = np.flatnonzero(store.lengths > longest)
+    """DataError that counts the rows longer than `longest` tokens and names the first of them; of a pair, each of the
+    two sequences may be as long.
+    """
+    lengths = store.longest_sequences
+    too_long = np.flatnonzero(lengths > longest)
     if len(too_long):
-        most = int(store.lengths.max())
+        most = int(lengths.max())
         first = "; ".join(store.where(index) for index in too_long[:SHOWN_LINES])
         more = "; ..." if len(too_long) > SHOWN_LINES else ""
-        raise DataError(
+        error = DataError(
             f"{len(too_long):,} of {len(store):,} rows are longer than {longest:,} tokens ({first}{more}).",
             f"the longest has {most} tokens: --sequence-length {most}, or shorten or split those rows",
         )
+        error.file = str(store.source.files[int(store.files[too_long[0]])])
+        error.row = int(store.lines[too_long[0]])
+        raise error

@@ -23,6 +23,7 @@ from loraport.clients.errors import DataError
 from loraport.clients.rows import BadRow, Message, Row, Source, iter_rows
 from loraport.train.data.findings import Place, count_of
 from loraport.train.data.flat import Array, FlatTokens
+from loraport.train.data.preference import of_method
 from loraport.train.data.similar import ANSWER_VALUES, FEWEST_RUNS, PROMPT_VALUES, Signer
 from loraport.train.data.split import group_of, normalise
 from loraport.train.data.tokens import Encoder, Example
@@ -62,8 +63,11 @@ class Survey:
     """What is kept of the rows of a source: a column an aspect, in the order of the usable rows.
 
     Columns: row, file (numbers), length, trained, answer_length (tokens), whole, prompt, answer (hashes of the texts;
-    prompt is 0 where there is none), prompt_signature, answer_signature; and all_lengths, of unusable rows too.
-    `problems`: kind -> places. `read`: rows read, those that could not be tokenised included.
+    prompt is 0 where there is none), question (what may have one answer alone: the prompt, of a pair with its two
+    replies), prompt_signature, answer_signature; and all_lengths, of unusable rows too. Of a pair, length and trained
+    are of both sequences, all_lengths of the longer one, the answer is both replies in their order, and there is
+    other_length, the tokens of the reply that is not preferred. `problems`: kind -> places. `read`: rows read, those
+    that could not be tokenised included. `pairs`: whether the rows are pairs.
     """
 
     name: str
@@ -72,6 +76,7 @@ class Survey:
     problems: dict[str, list[Place]] = field(default_factory=dict)
     sample: Sample = field(default_factory=Sample)
     read: int = 0
+    pairs: bool = False
     parts: dict[str, list[Array]] = field(default_factory=dict)
 
     def column(self, name: str) -> Array:
@@ -104,9 +109,17 @@ class Survey:
 class Surveyor:
     """Looks at rows with one base's tokenizer; what counts as boilerplate is learnt from the first source."""
 
-    def __init__(self, encoder: Encoder, sequence_length: int, tell: Callable[[int], None] = lambda rows: None) -> None:
-        """`tell` is called with the number of rows of a source so far, now and then."""
-        self.encoder = encoder
+    def __init__(
+        self,
+        encoder: Encoder,
+        sequence_length: int,
+        tell: Callable[[int], None] = lambda rows: None,
+        method: str = "auto",
+    ) -> None:
+        """`tell` is called with the number of rows of a source so far, now and then. `method`: of the training that the
+        rows are for; auto is as the first row of the first source says.
+        """
+        self.encoder, self.method = encoder, method
         self.tell = tell
         self.sequence_length = sequence_length
         self.prompts = Signer(PROMPT_VALUES, FEWEST_RUNS)
@@ -116,7 +129,7 @@ class Surveyor:
     def survey(self, source: Source, format: str, data: str) -> Survey:
         """All rows of `source`; `data` is "train" or "eval"."""
         found = Survey(source.name, data)
-        outcomes = self.encoder.encode_many(read_all(source, format))
+        outcomes = self.encoder.encode_many(of_method(read_all(source, format), self.method))
         while chunk := list(islice(outcomes, self.chunk)):
             for outcome in chunk:
                 found.read += outcome.line > 0
@@ -126,6 +139,8 @@ class Surveyor:
             if examples:
                 self.keep(examples, found)
             self.tell(found.read)
+        if self.method == "auto" and found.usable:
+            self.method = "dpo" if found.pairs else "sft"
         return found
 
     @property
@@ -136,28 +151,28 @@ class Surveyor:
     def keep(self, examples: list[Example], found: Survey) -> None:
         """Add the columns of tokenised rows, and note what is wrong with them."""
         rows = [row for example in examples if (row := example.row)]
-        tokens = FlatTokens.of(
-            [example.input_ids for example in examples],
-            [example.labels for example in examples],
-            [row.text is not None for row in rows],
-        )
+        tokens = flatten(examples)
+        rejected = [example.rejected for example in examples if example.rejected]  # all have one, or none has
+        other = flatten(rejected) if rejected else None
+        found.pairs = found.pairs or other is not None
         wrong = self.wrong_tokens(rows, tokens)
+        if other:
+            also = self.wrong_tokens(rows, other, with_prompts=False)
+            wrong = {kind: mask | also[kind] for kind, mask in wrong.items()}
         usable = ~np.logical_or.reduce(list(wrong.values()))
+        longest = np.maximum(tokens.lengths, other.lengths) if other else tokens.lengths
         columns = {
             "row": np.array([row.line for row in rows], np.int32),
             "file": np.array([found.file_number(row.source or found.name) for row in rows], np.int32),
-            "length": tokens.lengths,
-            "trained": tokens.trained_counts,
-            "answer_length": tokens.lengths - tokens.answer_starts,
             **hash_texts(rows),
-            **self.sign(tokens),
+            **self.measure(tokens, other),
         }
-        found.parts.setdefault("all_lengths", []).append(tokens.lengths)
+        found.parts.setdefault("all_lengths", []).append(longest)
         for name, values in columns.items():
             found.parts.setdefault(name, []).append(values[usable])
         for kind, mask in wrong.items():
             for index in np.flatnonzero(mask):
-                found.report(kind, rows[index], self.detail(kind, int(tokens.lengths[index])))
+                found.report(kind, rows[index], self.detail(kind, int(longest[index])))
         for row, example in zip(rows, examples, strict=True):
             note_turns(row, example, found)
         for row in rows:
@@ -167,16 +182,32 @@ class Surveyor:
                 asked = " ".join(message["content"] for message in row.prompt)
                 found.sample.add(asked, answer["content"], thinks, calls=bool(answer.get("tool_calls")))
 
-    def sign(self, tokens: FlatTokens) -> dict[str, Array]:
-        """Signatures of prompts and answers."""
+    def measure(self, tokens: FlatTokens, other: FlatTokens | None) -> dict[str, Array]:
+        """Lengths and signatures of rows; `other`: of pairs, the sequences with the reply that is not preferred."""
+        found = {
+            "length": tokens.lengths,
+            "trained": tokens.trained_counts,
+            "answer_length": tokens.lengths - tokens.answer_starts,
+            **self.sign(tokens, other),
+        }
+        if other:
+            found["other_length"] = other.lengths - other.answer_starts
+            found["length"] = tokens.lengths + other.lengths
+            found["trained"] = tokens.trained_counts + other.trained_counts
+        return found
+
+    def sign(self, tokens: FlatTokens, other: FlatTokens | None) -> dict[str, Array]:
+        """Signatures of prompts and answers, of pairs of both answers together."""
         prompt, answer = tokens.prompts(), tokens.answers()
+        if other:
+            answer = side_by_side(answer, other.answers())
         if not self.has_learnt:
             self.prompts.learn_common(*prompt)
             self.answers.learn_common(*answer)
             self.has_learnt = True
         return {"prompt_signature": self.prompts.sign(*prompt), "answer_signature": self.answers.sign(*answer)}
 
-    def wrong_tokens(self, rows: list[Row], tokens: FlatTokens) -> dict[str, Array]:
+    def wrong_tokens(self, rows: list[Row], tokens: FlatTokens, with_prompts: bool = True) -> dict[str, Array]:
         """For each kind of problem that tokens can have, which rows have it."""
         bos = self.encoder.tokenizer.bos_token_id
         return {
@@ -184,7 +215,7 @@ class Surveyor:
             "nothing_trained": tokens.trained_counts == 0,
             "no_stop": tokens.ends_without(self.encoder.stop_tokens),
             "double_bos": tokens.has_twice(bos) if bos is not None else np.zeros(len(rows), bool),
-            "prompt_differs": self.prompt_differs(rows, tokens),
+            "prompt_differs": self.prompt_differs(rows, tokens) if with_prompts else np.zeros(len(rows), bool),
         }
 
     def prompt_differs(self, rows: list[Row], tokens: FlatTokens) -> Array:
@@ -256,19 +287,47 @@ def is_empty(message: Message) -> bool:
 
 
 def hash_texts(rows: list[Row]) -> dict[str, Array]:
-    """64-bit hashes of each row's texts: `whole` as they are, `prompt` (as `split` groups rows) and `answer` without
-    differences of case and spacing.
+    """64-bit hashes of each row's texts: `whole` as they are; `prompt` (as `split` groups rows), `answer` and
+    `question` without differences of case and spacing.
 
     A document has no prompt and no answer: both are 0.
     """
-    whole, prompt, answer = [], [], []
+    found: dict[str, list[int]] = {"whole": [], "prompt": [], "answer": [], "question": []}
     for row in rows:
-        whole.append(digest(json.dumps([row.messages, row.tools, row.text], sort_keys=True)))
-        prompt.append(group_of(row) if row.text is None else 0)
-        answer.append(digest(said(row.messages[row.last_reply])) if row.text is None else 0)
-    return {
-        name: np.array(values, np.uint64) for name, values in (("whole", whole), ("prompt", prompt), ("answer", answer))
-    }
+        found["whole"].append(digest(json.dumps([row.messages, row.rejected, row.tools, row.text], sort_keys=True)))
+        asked = group_of(row) if row.text is None else 0
+        replies = [said(row.messages[row.last_reply])] if row.text is None else []
+        replies += [said(row.rejected)] if row.rejected else []
+        found["prompt"].append(asked)
+        found["answer"].append(answer_of(replies) if replies else 0)
+        found["question"].append(question_of(asked, replies))
+    return {name: np.array(values, np.uint64) for name, values in found.items()}
+
+
+def answer_of(replies: list[str]) -> int:
+    """A hash of what a row answers: its reply, or its two in their order."""
+    return digest("\0".join(replies))
+
+
+def question_of(prompt: int, replies: list[str]) -> int:
+    """A hash of what has one answer alone: a prompt; of a pair, which of its two replies is preferred."""
+    return prompt if len(replies) < 2 else digest("\0".join([str(prompt), *sorted(replies)]))
+
+
+def flatten(examples: list[Example]) -> FlatTokens:
+    """Their tokens in one array."""
+    return FlatTokens.of(
+        [example.input_ids for example in examples],
+        [example.labels for example in examples],
+        [example.row is not None and example.row.text is not None for example in examples],
+    )
+
+
+def side_by_side(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Parts of the same rows, as tokens and their offsets, joined row by row."""
+    parts = [np.split(tokens, offsets[1:-1]) for tokens, offsets in (first, second)]
+    joined = [np.concatenate(both) for both in zip(*parts, strict=True)]
+    return np.concatenate(joined), np.concatenate([[0], np.cumsum([len(part) for part in joined])])
 
 
 def said(message: Message) -> str:
@@ -307,6 +366,7 @@ def kind_of(row: BadRow) -> str:
 
 
 KINDS_BY_WORDS = (
+    ("preference row", "method"),
     ("special token", "special_tokens"),
     ("does not end an? ", "no_stop"),
     ("template", "template"),

@@ -80,7 +80,9 @@ class Template:
         return {self.switch: thinking} if self.switch else {}
 
     def thinks(self, row: Row) -> bool:
-        """Whether the row holds thoughts that its last question led to."""
+        """Whether the row holds thoughts that its last question led to; of a pair, one of its two replies."""
+        if row.rejected is not None and has_thoughts(row.rejected):
+            return True
         for message in reversed(row.messages):
             if message["role"] == "user":
                 return False

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from loraport.clients.errors import BaseModelError, DataError
 from loraport.clients.rows import BadRow, Message, Row
+from loraport.train.data.preference import encode_pairs
 from loraport.train.data.template import Rendered, Span, Template, Tools
 from loraport.train.data.template import first_line as first_line
 
@@ -44,6 +45,7 @@ class Example:
 
     `untrained_turns`: assistant turns before the last that carry no loss, because the template renders them
     differently once others follow (thinking models drop thoughts there). `thinking`: rendered with thinking on.
+    `rejected`: of a preference row, whose tokens these are with the preferred reply, those with the other one.
     """
 
     input_ids: Ints
@@ -52,6 +54,7 @@ class Example:
     untrained_turns: int = 0
     thinking: bool = False
     row: Row | None = None
+    rejected: "Example | None" = None
 
     @property
     def features(self) -> dict[str, Ints]:
@@ -149,6 +152,9 @@ class Encoder:
 
     def encode_many(self, rows: Iterable[Row | BadRow]) -> Iterator[Example | BadRow]:
         """Examples of rows, in order; a BadRow for each that cannot be trained on, and for each that is one already."""
+        return encode_pairs(self._encode_each, rows)
+
+    def _encode_each(self, rows: Iterable[Row | BadRow]) -> Iterator[Example | BadRow]:
         with ThreadPoolExecutor(1) as worker:
             waiting: deque[tuple[Batch, Future[Encodings]]] = deque()
             try:

@@ -21,12 +21,14 @@ TASKS: dict[str, tuple[str, int, int]] = {
     "format": ("a fixed format or extraction", 100, 500),
     "qa": ("questions and answers of a domain", 1_000, 5_000),
     "text": ("documents of a domain", 1_000, 5_000),
+    "preference": ("preferences between replies", 500, 5_000),
     "code": ("code", 10_000, 50_000),
     "reasoning": ("reasoning", 10_000, 50_000),
 }
 MOST = 0.3  # share of answers with code or thoughts from which on the task is one of those
 FORMAT_SHARE = 0.6  # share of answers that are JSON, or copied from the prompt
 CLASSES, CLASS_TOKENS = 50, 16  # as many different answers, half of them as short, are classes
+LONGER = 0.8  # share of pairs whose preferred reply is the longer one from which on that is what is learnt
 ONE_ANSWER = 0.9  # share of rows with the same answer that leaves nothing else to learn
 FEW_PROMPTS = 0.5  # share of different prompts below which rows repeat themselves
 
@@ -90,6 +92,8 @@ def different(hashes: Any) -> int:
 def detect(train: Survey, figures: dict[str, int]) -> tuple[str, str]:
     """The kind of task, and the reason to think so."""
     sample, answers = train.sample, figures["different_answers"]
+    if train.pairs:
+        return "preference", "each row has a preferred and a non-preferred output"
     if not figures["different_prompts"] and train.usable:
         return "text", "the rows are documents without prompts"
     half = int(np.median(train.column("answer_length"))) if train.usable else 0
@@ -109,6 +113,8 @@ def detect(train: Survey, figures: dict[str, int]) -> tuple[str, str]:
 
 def variety(train: Survey, task: str, figures: dict[str, int], capacity: int | None) -> list[Finding]:
     """What speaks against the rows although there may be enough of them."""
+    if train.pairs:
+        return length_bias(train)
     found = []
     rows = figures["different_rows"]
     answers = train.column("answer")
@@ -127,4 +133,15 @@ def variety(train: Survey, task: str, figures: dict[str, int], capacity: int | N
     if capacity is not None and capacity < figures["trained_tokens"]:
         message = f"the adapter has {capacity:,} parameters for {figures['trained_tokens']:,} trained tokens."
         found.append(Finding("capacity", [], message))
+    return found
+
+
+def length_bias(train: Survey) -> list[Finding]:
+    """Whether the preferred reply of nearly all pairs is the longer one, or the shorter one."""
+    own, other = train.column("answer_length"), train.column("other_length")
+    found = []
+    for words, count in (("longer", np.count_nonzero(own > other)), ("shorter", np.count_nonzero(own < other))):
+        if train.usable and count >= LONGER * train.usable:
+            message = f"the preferred output is the {words} one in {100 * count / train.usable:.0f}% of the rows."
+            found.append(Finding("longer", [], message))
     return found

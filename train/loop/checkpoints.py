@@ -21,6 +21,7 @@ from loraport.clients.errors import ConfigError, ResourceError, os_errors
 from loraport.clients.home import Home, write_json
 
 SEAL = "loraport.json"
+STORING = "storing.json"  # beside the checkpoints
 
 
 def run_folder(home: Home, name: str) -> Path:
@@ -124,10 +125,35 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found
 
 
+def remove_others(newest: Path, regular: set[int]) -> None:
+    """Remove what an undisturbed run would not have beside `newest`: halves of checkpoints, and those of signals.
+
+    `regular`: the steps behind which a checkpoint is due. So what is kept afterwards does not depend on interruptions,
+    and a half that was begun at a later step is not taken for the newest.
+    """
+    for path in newest.parent.glob("checkpoint-*"):
+        if path != newest and not (is_whole(path) and step_of(path) in regular):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def clear(folder: Path) -> None:
     """Remove all checkpoints of a run."""
     with os_errors("clearing", folder):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def note_storing(folder: Path, fingerprint: str) -> None:
+    """Note which version is about to be published; once it is there, nobody needs these checkpoints any more."""
+    write_json(folder / STORING, {"fingerprint": fingerprint})
+
+
+def clear_stored(folder: Path, fingerprint: str) -> None:
+    """Remove the checkpoints of a run that was killed behind publishing its version and before it removed them."""
+    noted = folder / STORING
+    if noted.is_file():
+        with contextlib.suppress(ResourceError, FileNotFoundError), held(folder):
+            if json.loads(noted.read_text()) == {"fingerprint": fingerprint}:
+                clear(folder)
 
 
 def unwritten(checkpoint: Path, error: Exception) -> ResourceError:

@@ -20,10 +20,11 @@ from transformers import TrainerCallback
 from loraport.clients.errors import ResourceError
 from loraport.clients.terminal import say
 from loraport.train.config import ResolvedConfig
+from loraport.train.loop.make import make_trainer
 from loraport.train.loop.packing import Rows
 from loraport.train.loop.settings import Settings
 from loraport.train.loop.shards import Shards
-from loraport.train.loop.trainer import LoraTrainer, make_trainer
+from loraport.train.loop.trainer import LoraTrainer
 from loraport.train.loop.ways import agreeing, trained
 
 SAME_SIGNAL_S = 5.0  # within which a second SIGTERM is the first: `timeout` sends it to a process and then to its group
@@ -114,6 +115,9 @@ def fit(
                 callback.trainer = trainer
         trainer.stop_asked = bool(stop.signal)  # before there was a trainer to tell
         try:
+            if not trainer.prepare():
+                say("stopped before the first step; nothing is lost", "yellow")
+                raise SystemExit(128 + stop.signal)
             result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(trainer) from error
@@ -140,10 +144,11 @@ def figures(trainer: LoraTrainer, result: Any) -> dict[str, float]:
     speeds = [entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry]
     found = {
         "train_loss": sum(losses) / len(losses),  # transformers' own is of the steps since a run was continued
-        **{key: best[key] for key in ("eval_loss", "eval_perplexity", "eval_token_accuracy")},
+        **{key: value for key, value in best.items() if key.startswith("eval_")},
         "best_step": best["step"],
         "last_eval_loss": evaluations[-1]["eval_loss"],
         "steps": trainer.state.global_step,
+        "trained_tokens": max((entry.get("trained_tokens", 0) for entry in history), default=0),
         "tokens_per_second": round(trainer.tokens_seen / result.metrics["train_runtime"], 1),
         "tokens_per_second_median": round(sorted(speeds)[len(speeds) // 2], 1),
     }

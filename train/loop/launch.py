@@ -24,14 +24,13 @@ import torch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 from loraport.clients import errors
-from loraport.clients.errors import AdapterError, LoraportError, ResourceError
+from loraport.clients.errors import LoraportError, ResourceError
 from loraport.clients.terminal import console
-from loraport.train.adapters import WEIGHTS
 from loraport.train.base_model import Base
 from loraport.train.config import ResolvedConfig
 from loraport.train.loop.fit import Outcome, fit
 from loraport.train.loop.gpu_memory import limit_memory
-from loraport.train.loop.lora import load_lora
+from loraport.train.loop.lora import load_lora, load_weights
 from loraport.train.loop.packing import Rows
 from loraport.train.loop.progress import ProgressCallback
 from loraport.train.loop.settings import Settings
@@ -58,6 +57,7 @@ class Task:
     sealed: dict[str, Any]
     resume: Path | None
     report_to: list[str] | str
+    callbacks: tuple[Any, ...]
 
 
 def fit_on(
@@ -71,14 +71,27 @@ def fit_on(
     sealed: dict[str, Any],
     resume: Path | None = None,
     report_to: list[str] | str = "none",
+    callbacks: tuple[Any, ...] = (),
 ) -> tuple[Any, Outcome]:
     """`fit` in `gpus` processes; the model with the trained adapter, on this process's device, and the outcome.
 
-    Raises what `fit` raises in any of them. Without GPUs the processes share the CPU.
+    Raises what `fit` raises in any of them. Without GPUs the processes share the CPU. `callbacks` are for all of them.
     """
     with tempfile.TemporaryDirectory(prefix="loraport-") as name:
         task = Task(
-            Path(name), gpus, free_port(), base, rows, eval_rows, config, settings, runs, sealed, resume, report_to
+            Path(name),
+            gpus,
+            free_port(),
+            base,
+            rows,
+            eval_rows,
+            config,
+            settings,
+            runs,
+            sealed,
+            resume,
+            report_to,
+            callbacks,
         )
         processes = start_processes(work, (task,), nprocs=gpus, join=False, start_method="spawn")
         try:
@@ -97,18 +110,8 @@ def fit_on(
 
 def load_trained(base: Base, config: ResolvedConfig, folder: Path, device: Any = None) -> Any:
     """A fresh PeftModel with the weights of the adapter in `folder`; AdapterError unless they are exactly its own."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
     model = load_lora(base, config, device)
-    found = set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
-    trained = {name for name, each in model.named_parameters() if each.requires_grad}
-    odd = sorted([*found.unexpected_keys, *(trained & set(found.missing_keys))])
-    if odd:
-        raise AdapterError(
-            f"{len(odd)} weights of the trained adapter do not belong to this model, or are missing, first {odd[0]}.",
-            "this is a bug of Loraport or of PEFT: nothing was stored, and the checkpoints are kept",
-        )
+    load_weights(model, folder)
     return model
 
 
@@ -180,7 +183,7 @@ def train_one(rank: int, task: Task, progress: ProgressCallback) -> None:
         task.runs,
         task.sealed,
         resume=task.resume,
-        callbacks=(progress,),
+        callbacks=(progress, *task.callbacks),
         report_to=task.report_to if rank == 0 else "none",
         shards=shards,
     )

@@ -5,9 +5,11 @@
 
 from dataclasses import dataclass
 from logging import ERROR, getLogger
+from pathlib import Path
 from typing import Any
 
-from loraport.clients.errors import BaseModelError, ConfigError, ResourceError
+from loraport.clients.errors import AdapterError, BaseModelError, ConfigError, ResourceError
+from loraport.train.adapters import WEIGHTS
 from loraport.train.base_model import Base
 from loraport.train.config import ResolvedConfig, RunConfig
 from loraport.train.data.tokens import first_line
@@ -71,6 +73,24 @@ def with_lora(model: Any, config: ResolvedConfig, targets: list[str]) -> Any:
             f"PEFT puts no adapter on {', '.join(targets)} of {config.model}: {first_line(error)}.",
             "choose others with --target-modules, or another base",
         ) from error
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """Put the weights of the adapter, or checkpoint, in `folder` into a PeftModel; memory of its device is not needed.
+
+    AdapterError unless they are exactly its own.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    found = set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
+    trained = {name for name, each in model.named_parameters() if each.requires_grad}
+    odd = sorted([*found.unexpected_keys, *(trained & set(found.missing_keys))])
+    if odd:
+        raise AdapterError(
+            f"{len(odd)} weights of the trained adapter do not belong to this model, or are missing, first {odd[0]}.",
+            "this is a bug of Loraport or of PEFT: nothing was stored, and the checkpoints are kept",
+        )
 
 
 def load_base(base: Base, types: Types, double_quant: bool, device: Any = None) -> Any:

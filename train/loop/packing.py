@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from loraport.train.data.preference import sequences
 from loraport.train.loop.attention import Documents
 
 IGNORED = -100
@@ -25,7 +26,9 @@ Pack = tuple[int, ...]  # rows that make one micro-step
 
 
 class Rows(Protocol):
-    """Tokenised rows: `lengths` (tokens a row), and items with `input_ids` and `labels` of T int32."""
+    """Tokenised rows: `lengths` (tokens a row), and items with `input_ids` and `labels` of T int32; those of pairs have
+    the tokens of two sequences and, as `chosen`, how many are of the first.
+    """
 
     @property
     def lengths(self) -> np.ndarray[Any, Any]: ...
@@ -70,6 +73,13 @@ class MicroStep:
         """T."""
         return self.input_ids_1T.shape[1]
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Targets of each document."""
+        inner = self.documents.bounds[1:-1].to(self.positions_K.dtype)
+        bounds = torch.searchsorted(self.positions_K, inner).tolist()
+        return tuple(np.diff([0, *bounds, len(self.positions_K)]).tolist())
+
     def to(self, device: torch.device) -> dict[str, Any]:
         """Keyword arguments of the model, on `device`."""
 
@@ -87,7 +97,9 @@ class MicroStep:
 
 
 def micro_step(rows: Rows, members: Pack, counted: bool = True) -> MicroStep:
-    """The rows of one pack. Without `counted` it has no targets and only keeps other GPUs company."""
+    """The rows of one pack, a pair as two documents. Without `counted` it has no targets and only keeps other GPUs
+    company.
+    """
     items = [rows[row] for row in members]
     if not counted:
         items = [item | {"labels": np.full_like(item["labels"], IGNORED)} for item in items]
@@ -95,7 +107,8 @@ def micro_step(rows: Rows, members: Pack, counted: bool = True) -> MicroStep:
 
 
 def join(items: list[dict[str, Any]], members: Pack) -> MicroStep:
-    """Tokenised rows behind each other, position numbers beginning anew with each."""
+    """Tokenised rows behind each other, position numbers beginning anew with each, in a pair with its second too."""
+    items = [sequence for item in items for sequence in sequences(item)]
     lengths = [len(item["input_ids"]) for item in items]
     ids = np.concatenate([np.asarray(item["input_ids"]) for item in items])
     following = np.concatenate([np.append(np.asarray(item["labels"])[1:], IGNORED) for item in items])
@@ -121,8 +134,10 @@ def largest(rows: Rows, batch_size: int, budget: int) -> MicroStep:
     for row in longest:
         left = wanted - sum(len(item["input_ids"]) for item in items)
         if left > 0:
-            ids = np.asarray(rows[row]["input_ids"])[:left]
-            items.append({"input_ids": ids, "labels": ids})
+            item = rows[row]
+            ids = np.asarray(item["input_ids"])[:left]
+            cut = {"chosen": item["chosen"]} if 0 < item.get("chosen", 0) < len(ids) else {}
+            items.append({"input_ids": ids, "labels": ids} | cut)
     return join(items, ())
 
 

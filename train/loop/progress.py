@@ -21,9 +21,16 @@ from transformers import TrainerCallback
 
 from loraport.clients.terminal import console, say
 from loraport.train.loop.gpu_memory import peak_memory
+from loraport.train.progress_file import ProgressFile
 
 MANY_STEPS = 200  # from here on the line of a step leaves out what hardly changes
 WORTH_A_LINE = 0.1  # seconds
+
+
+def seconds_left(started: float, first_step: int, state: Any) -> float:
+    """To the last step, at the speed since `started`, when `first_step` steps were done; evaluations count."""
+    done = max(1, state.global_step - first_step)
+    return (time.monotonic() - started) / done * float(state.max_steps - state.global_step)
 
 
 def clock(seconds: float) -> str:
@@ -54,13 +61,15 @@ class Phase:
 class Phases:
     """The parts of a run, one after the other, and how long each took (`seconds`, by name)."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: ProgressFile | None = None) -> None:
         self.seconds: dict[str, float] = {}
+        self.file = file or ProgressFile()
 
     @contextmanager
     def __call__(self, name: str, total: int | None = None, bar: bool = True) -> Iterator[Phase]:
         """Show `name` while the block runs; `bar` False where the block shows something of its own."""
         started = time.monotonic()
+        self.file.write("phase", name=name)
         live = phase_bar(total) if bar and console.is_terminal else None
         phase = Phase(live, live.add_task(name, total=total) if live else None)
         try:
@@ -72,6 +81,7 @@ class Phases:
                 live.stop()
             spent = time.monotonic() - started
             self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 2)
+        self.file.write("phase", name=name, seconds=round(spent, 2))
         if spent >= WORTH_A_LINE or phase.note:
             say(f"  {name}: {phase.note + ', ' if phase.note else ''}{took(spent)}", "dim")
 
@@ -153,11 +163,11 @@ class ProgressCallback(TrainerCallback):
 
     def step_line(self, state: Any, logs: dict[str, float], full: bool) -> str:
         """Loss, speed, memory and time left: what the step logged, else from all that has run so far."""
-        done = max(1, state.global_step - self.first_step)
-        left = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
+        left = seconds_left(self.started, self.first_step, state)
         speed = logs.get("tokens_per_second") or self.trainer.tokens_seen / max(self.in_steps, 1e-9)
         memory = f"{logs.get('memory_gib') or peak_memory() / 2**30:.1f} GiB  " if full else ""
-        return f"loss {logs['loss']:.3f}  {speed:,.0f} tokens/s  {memory}{clock(left)} left"
+        margin = f"margin {logs['reward_margin']:.3f}  " if "reward_margin" in logs else ""
+        return f"loss {logs['loss']:.3f}  {margin}{speed:,.0f} tokens/s  {memory}{clock(left)} left"
 
     def evaluation_line(self, state: Any, logs: dict[str, float]) -> str:
         """Epoch, mean training loss since the last evaluation, and what was evaluated."""
@@ -165,6 +175,9 @@ class ProgressCallback(TrainerCallback):
         if self.losses:
             parts.append(f"loss {sum(self.losses) / len(self.losses):.3f}")
         parts.append(f"eval loss {logs['eval_loss']:.3f}")
+        if "eval_reward_accuracy" in logs:
+            parts.append(f"margin {logs['eval_reward_margin']:.2f}")
+            parts.append(f"reward accuracy {logs['eval_reward_accuracy']:.1%}")
         if "eval_perplexity" in logs:
             parts.append(f"perplexity {logs['eval_perplexity']:.2f}")
         if "eval_token_accuracy" in logs:

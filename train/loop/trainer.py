@@ -13,12 +13,13 @@ import contextlib
 import gc
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.training_args import OptimizerNames
 
@@ -26,15 +27,14 @@ from loraport.clients.errors import Refused
 from loraport.clients.terminal import say
 from loraport.train.config import ResolvedConfig
 from loraport.train.loop.checkpointing import decoder_layers, set_checkpointing
-from loraport.train.loop.checkpoints import SEAL, seal, unwritten
+from loraport.train.loop.checkpoints import SEAL, remove_others, seal, unwritten
 from loraport.train.loop.fused import forget
 from loraport.train.loop.gpu_memory import peak_memory
-from loraport.train.loop.lora import Device, count_trainable
-from loraport.train.loop.packing import PackedRows, Rows, Step, StepSampler, largest, micro_step, pack
+from loraport.train.loop.lora import count_trainable
+from loraport.train.loop.packing import MicroStep, PackedRows, Rows, Step, StepSampler, largest, micro_step, pack
 from loraport.train.loop.settings import Settings, step_down
 from loraport.train.loop.shards import Shards
 from loraport.train.loop.ways import Ways
-from loraport.train.memory.machine import Types, choose_optimizer, choose_types
 
 WRITE_ERRORS = ("SafetensorError", "PytorchStreamWriter", "inline_container")
 
@@ -63,6 +63,8 @@ class LoraTrainer(Trainer):
         self.stop_asked = self.stopping = False  # by this process's signals; by those of any GPU
         self.clock, self.clock_tokens = time.monotonic(), 0
         self.step_loss = torch.zeros(())  # of the step under way
+        self.step_seen = torch.zeros(1, dtype=torch.float64)  # this GPU's sums of `loss_of`
+        self.step_size = self.step_targets = 0  # on all GPUs
         self.layers = len(decoder_layers(self.model))
         self.longest = max(int(rows.lengths.max()), int(eval_rows.lengths.max()))
         self.use(settings)
@@ -140,7 +142,7 @@ class LoraTrainer(Trainer):
         """With room kept for the optimiser's states, which come with the first step of it."""
         states = torch.empty(self.state_bytes(model), dtype=torch.uint8, device=self.args.device)
         micro = largest(self.train_dataset, self.config.batch_size, self.budget)
-        loss, _ = model(**micro.to(self.args.device), scale=0.0)
+        loss, _ = self.loss_of(model, self.given(micro, self.train_dataset), 0.0)
         self.accelerator.backward(loss)
         self.release()
         del states
@@ -149,35 +151,57 @@ class LoraTrainer(Trainer):
         """Of the optimiser: two numbers for each parameter, of 8 or of 32 bits."""
         return (2 if "8bit" in OptimizerNames(self.args.optim).value else 8) * count_trainable(model)
 
+    def prepare(self) -> bool:
+        """What a method needs before the first step; False where that was cut off by a signal."""
+        return True
+
+    def given(self, micro: MicroStep, rows: Rows) -> dict[str, Any]:
+        """What `loss_of` takes of a micro-step of `rows`, on the device."""
+        return micro.to(self.args.device)
+
+    def loss_of(self, model: Any, inputs: dict[str, Any], scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of a micro-step, summed over what it is a mean of, times `scale`; and sums for `figures_of`."""
+        loss, right = model(**inputs, scale=scale)
+        return loss, right.double()[None]
+
+    def size_of(self, micro: MicroStep) -> int:
+        """How many the loss is a mean of in a micro-step: its targets."""
+        return len(micro.targets_K)
+
+    def figures_of(self, seen: list[float], size: int) -> dict[str, float]:
+        """Means of the sums of `loss_of` over a step or an evaluation of that size."""
+        return {"token_accuracy": seen[0] / max(size, 1)}
+
     def accumulate(self, model: Any, step: Step) -> torch.Tensor:
         """Gradients of all micro-steps; returns the sum of their parts of the loss."""
         forget(self.model)
-        device = self.args.device
         # All at once: a copy from the host waits for what the GPU is doing.
-        given = [micro.to(device) for micro in step.micro_steps]
-        targets, tokens, stop = self.sum_up(sum(len(micro.targets_K) for micro in step.micro_steps), step.tokens)
+        given = [self.given(micro, self.train_dataset) for micro in step.micro_steps]
+        own = sum(self.size_of(micro) for micro in step.micro_steps)
+        targets = sum(len(micro.targets_K) for micro in step.micro_steps)
+        size, targets, tokens, stop = self.sum_up([own, targets, step.tokens, int(self.stop_asked)])
         self.stopping = stop > 0
-        total = torch.zeros((), device=device)
+        total, total_seen = torch.zeros((), device=self.args.device), None
         for number, inputs in enumerate(given, 1):
             last = number == len(given)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 # DistributedDataParallel averages over the GPUs what is here a sum.
-                loss, _ = model(**inputs, scale=self.args.world_size / max(targets, 1))
+                loss, seen = self.loss_of(model, inputs, self.args.world_size / max(size, 1))
                 self.accelerator.backward(loss)
             self.release()
             total += loss.detach()
+            total_seen = seen if total_seen is None else total_seen + seen
         self.tokens_seen += tokens
-        self.step_loss = total
+        self.step_loss, self.step_seen, self.step_size, self.step_targets = total, total_seen, size, targets
         return total
 
-    def sum_up(self, targets: int, tokens: int) -> tuple[int, int, int]:
-        """Targets and tokens of the step on all GPUs, and how many of them were asked to stop."""
-        own = [targets, tokens, int(self.stop_asked)]
+    def sum_up(self, own: list[int]) -> list[int]:
+        """Counts of this GPU over all GPUs."""
         if self.args.world_size > 1:
             counts = torch.tensor(own, device=self.args.device)
             torch.distributed.all_reduce(counts)
             own = counts.tolist()
-        return own[0], own[1], own[2]
+        return own
 
     def release(self) -> None:
         """Let go of the layers that the others' shares made whole."""
@@ -193,43 +217,59 @@ class LoraTrainer(Trainer):
             raise diverged("the gradient", float(norm), self.state.global_step + 1, self.state.max_steps)
         return norm
 
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Mean loss in nats, perplexity and token accuracy over all targets of the evaluation rows."""
-        self.model_wrapped.eval()
-        forget(self.model)
-        rows = self.eval_dataset
+    def passes(self, rows: Rows) -> Iterator[tuple[MicroStep, int]]:
+        """Micro-steps of all `rows` for this GPU, and how many there are.
+
+        Equally many on each GPU, because a base in shares is gathered by all of them together: one without targets
+        keeps the others company.
+        """
         packs = pack([int(length) for length in rows.lengths], self.budget)
-        sums = torch.zeros(3, device=self.args.device, dtype=torch.float64)
         world = self.args.world_size
-        # Equally many on each GPU, because a base in shares is gathered by all of them together.
         turns = -(-len(packs) // world)
         for turn in range(turns):
             number = turn * world + self.args.process_index
             counted = number < len(packs)
-            micro = micro_step(rows, tuple(packs[number] if counted else packs[-1]), counted)
+            yield micro_step(rows, tuple(packs[number] if counted else packs[-1]), counted), turns
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The loss and the figures of the method over all evaluation rows."""
+        self.model_wrapped.eval()
+        forget(self.model)
+        found = []
+        for number, (micro, turns) in enumerate(self.passes(self.eval_dataset), 1):
             with torch.no_grad():
-                loss, right = self.model(**micro.to(self.args.device))
-            sums += torch.stack([loss.double(), right.double(), torch.tensor(len(micro.targets_K)).to(loss).double()])
-            self.evaluated = turn + 1, turns
+                loss, seen = self.loss_of(self.model, self.given(micro, self.eval_dataset))
+            size = torch.tensor([self.size_of(micro)]).to(seen)
+            found.append(torch.cat([loss.double()[None], size, seen]))
+            self.evaluated = number, turns
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        sums = torch.stack(found).sum(0)
         if self.args.world_size > 1:
             torch.distributed.all_reduce(sums)
-        loss, right, count = sums.tolist()
+        loss, count, *seen = sums.tolist()
         if not math.isfinite(loss):
             raise diverged("the evaluation loss", loss, self.state.global_step, self.state.max_steps)
-        metrics = {
-            "eval_loss": loss / count,
-            "eval_perplexity": math.exp(min(loss / count, 700.0)),
-            "eval_token_accuracy": right / count,
-        }
+        figures = self.evaluation_of(loss / count, seen, int(count))
+        metrics = {f"eval_{name}": value for name, value in figures.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.clock, self.clock_tokens = time.monotonic(), self.tokens_seen
         return metrics
 
+    def evaluation_of(self, loss: float, seen: list[float], size: int) -> dict[str, float]:
+        """Figures of an evaluation by name: mean loss in nats, perplexity and token accuracy over all targets."""
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))} | self.figures_of(seen, size)
+
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
-        """With tokens/s since the last log and the peak of memory in GiB."""
+        """With tokens/s since the last log, the peak of memory in GiB, how many targets, and the method's figures."""
         if "loss" in logs:
+            counts = (
+                entry["trained_tokens"] for entry in reversed(self.state.log_history) if "trained_tokens" in entry
+            )
+            logs["trained_tokens"] = next(counts, 0) + self.step_targets
+            if self.args.world_size > 1:
+                torch.distributed.all_reduce(self.step_seen)
+            logs |= self.figures_of(self.step_seen.tolist(), self.step_size)
             now = time.monotonic()
             logs["tokens_per_second"] = (self.tokens_seen - self.clock_tokens) / max(now - self.clock, 1e-9)
             logs["memory_gib"] = peak_memory() / 2**30
@@ -246,8 +286,9 @@ class LoraTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # each GPU writes its random state
             if self.args.should_save:
                 seal(folder, self.identity)
+                remove_others(folder, {entry["step"] for entry in self.state.log_history if "eval_loss" in entry})
                 # Not by transformers, which removes older ones before this one is whole, and the last at the end.
-                keep, best = self.config.keep_checkpoints, self.state.best_model_checkpoint
+                keep, best = self.config.kept_checkpoints, self.state.best_model_checkpoint
                 rotate_checkpoints(self.args.output_dir, keep, best)
         except Exception as error:
             if not is_write_error(error):
@@ -302,81 +343,3 @@ class RhythmCallback(TrainerCallback):
         """At the end of the run: evaluate and save."""
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
-
-
-def make_trainer(
-    model: Any,
-    rows: Rows,
-    eval_rows: Rows,
-    config: ResolvedConfig,
-    settings: Settings,
-    ways: Ways,
-    folder: Path,
-    identity: dict[str, Any],
-    callbacks: list[Any],
-    report_to: list[str] | str = "none",
-) -> LoraTrainer:
-    """A trainer whose checkpoints go to `folder`."""
-    rhythm = RhythmCallback()
-    trainer = LoraTrainer(
-        model=model,
-        args=training_arguments(config, count_trainable(model), folder, report_to),
-        rows=rows,
-        eval_rows=eval_rows,
-        config=config,
-        settings=settings,
-        ways=ways,
-        identity=identity,
-        callbacks=[rhythm, *callbacks],
-    )
-    rhythm.trainer = trainer
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def training_arguments(
-    config: ResolvedConfig, parameters: int, folder: Path, report_to: list[str] | str
-) -> TrainingArguments:
-    """The run configuration in transformers' words."""
-    device = Device.here()
-    types = choose_types(config, device)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=config.batch_size,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        optim=optimizer_name(config, device, types, parameters),
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.scheduler,
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        # Without autocast: everything is in its type already, and float32 adapters are cast where they are used.
-        bf16=False,
-        fp16=types.computed == "float16",
-        use_cpu=device.kind == "cpu",
-        eval_strategy="steps",
-        eval_steps=config.eval_steps,
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would hide from us what it finds
-        report_to=report_to,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
-        seed=config.seed,
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # else Trainer wraps the model into DataParallel, which would cut our steps apart
-    return arguments
-
-
-def optimizer_name(config: ResolvedConfig, device: Device, types: Types, parameters: int) -> str:
-    """The configuration's optimiser in transformers' words."""
-    if choose_optimizer(config, types, parameters) == "paged_adamw_8bit":
-        return "paged_adamw_8bit"
-    return "adamw_torch_fused" if device.kind == "cuda" else "adamw_torch"

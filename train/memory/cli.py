@@ -14,16 +14,17 @@ from loraport.train.cli import flag
 from loraport.train.config import ResolvedConfig, RunConfig, load_config, read_yaml
 from loraport.train.defaults import Facts, resolve
 from loraport.train.memory.machine import find_machine, gpus_with_rows
-from loraport.train.memory.plan import plan, require_fit
+from loraport.train.memory.plan import plan, require_fit, row_tokens
 from loraport.train.memory.report import Report, Work, as_json, say_report
 from loraport.train.memory.shapes import read_shape
 from loraport.train.memory.speed import estimate
 
 FIELDS = (
     *("model", "revision", "preset", "rank", "target_modules", "dropout", "load", "compute_dtype", "double_quant"),
-    *("optimizer", "sequence_length", "batch_size", "epochs", "max_steps", "data"),
+    *("optimizer", "sequence_length", "batch_size", "method", "epochs", "max_steps", "data"),
     *("checkpointing", "micro_batch_tokens", "gpu_memory"),
 )
+REFERENCE_PASS = 0.5  # of an epoch's time: a forward pass alone, of the two in which a step takes about the same
 NO_DATA = Path("none")  # in place of the rows that are not there yet
 # Bytes of JSONL for each token of common tokenizers on text, and the fewest seen in a long row: code, other languages.
 BYTES_A_TOKEN, BYTES_A_TOKEN_LEAST = 4.0, 2.5
@@ -45,7 +46,7 @@ def plan_train(
     facts = replace(Facts.of_base(base), rows=rows, tokens=tokens)
     has_data = given.data != NO_DATA
     if has_data and rows is None and tokens is None:
-        facts = replace(facts, **measure(given.data))
+        facts = replace(facts, **measure(given.data, given.sequences))
     resolved, derived = resolve(given, facts)
     shape = read_shape(base, given.model)
     machine = find_machine(resolved.gpu_memory, gpu_name, gpus or resolved.gpus)
@@ -77,10 +78,11 @@ def read_settings(config: Path | None, flags: dict[str, Any]) -> RunConfig:
     return load_config(config, flags)
 
 
-def measure(path: Path) -> dict[str, int]:
-    """Rows, about how many tokens they have, and the longest, from the size of the lines of a JSONL file.
+def measure(path: Path, sequences: int = 1) -> dict[str, int]:
+    """Rows, about how many tokens they have, and the longest sequence, from the size of the lines of a JSONL file.
 
-    No tokenizer is fetched for it. The longest row is counted generously: memory depends on it.
+    No tokenizer is fetched for it. The longest is counted generously: memory depends on it. `sequences`: of a row; a
+    pair's are counted as if all of it stood in both, for what takes most of it is the prompt.
     """
     if path.is_dir() or path.suffix not in (".jsonl", ".json", ".ndjson", ".txt"):
         raise UsageError(f"the tokens of {path} cannot be estimated from its size.", "give --rows and --tokens instead")
@@ -95,7 +97,7 @@ def measure(path: Path) -> dict[str, int]:
         raise DataError(f"{path} is empty.", "give a file with rows, or --rows or --tokens")
     return {
         "rows": rows,
-        "tokens": max(1, round(size / BYTES_A_TOKEN)),
+        "tokens": max(1, round(sequences * size / BYTES_A_TOKEN)),
         "longest": max(16, round(longest / BYTES_A_TOKEN_LEAST)),
     }
 
@@ -106,16 +108,19 @@ def work_of(config: ResolvedConfig, facts: Facts, is_measured: bool) -> Work:
     if is_measured:
         source = "from the size of the file"
     elif tokens is None and facts.rows is not None:
-        tokens, is_most, source = facts.rows * config.sequence_length, True, f"{facts.rows:,} rows of full length"
+        most = facts.rows * row_tokens(config)
+        tokens, is_most, source = most, True, f"{facts.rows:,} rows of full length"
     passes = config.epochs
     if config.max_steps and facts.rows:
         passes = min(passes, config.max_steps * config.batch_size / facts.rows)
+    if config.method == "dpo":
+        passes += REFERENCE_PASS
     return Work(tokens, passes, is_most, source)
 
 
 def mean_length(config: ResolvedConfig, facts: Facts) -> int:
-    """Tokens of a row on average; its most where that is not known."""
-    known = facts.tokens // facts.rows if facts.tokens and facts.rows else config.sequence_length
+    """Tokens of a sequence on average; its most where that is not known."""
+    known = facts.tokens // (facts.rows * config.sequences) if facts.tokens and facts.rows else config.sequence_length
     return max(1, min(known, config.sequence_length))
 
 

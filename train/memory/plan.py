@@ -93,13 +93,15 @@ class Plan:
 def plan(config: ResolvedConfig, shape: Shape, machine: Machine, longest: int | None = None) -> Plan:
     """The fastest settings for `config` that fit `machine`, or the smallest there are, with `fits` False.
 
-    `longest`: tokens of the longest row where rows were read; the configuration's sequence length else. Raises
+    `longest`: tokens of the longest row where rows were read, of a pair those of both sequences; the configuration's
+    sequence length else. Raises
     ConfigError for targets that the base lacks, BaseModelError for bases on which vLLM takes no adapters.
     """
     check_servable(shape.architectures, config.model)
     check_targets(shape, config.target_modules, config.model)
     load = load_of(config, shape, machine)
-    longest = max(16, min(longest or config.sequence_length, config.sequence_length))
+    most = row_tokens(config)
+    longest = max(16, min(longest or most, most))
     counted = Counted(shape, load)
     layout, fits = choose_layout(config, counted, machine, longest)
     parts = counted.memory(layout)
@@ -117,6 +119,16 @@ def plan(config: ResolvedConfig, shape: Shape, machine: Machine, longest: int | 
         alternatives=() if fits else tuple(find_alternatives(config, shape, machine, longest, parts.peak)),
         notes=tuple(doubts(config, counted, machine, layout, longest)),
     )
+
+
+def row_tokens(config: ResolvedConfig) -> int:
+    """Tokens that a row may have: a pair of DPO is two sequences, which a micro-step keeps together.
+
+    Its loss needs no more than that of as many tokens elsewhere: what is kept of a reply is the gradient of its hidden
+    states, as in any row, and it is scaled later instead of at once (train/loop/loss.py). The pass over the rows
+    for the base's log-probabilities has no backward, no gradients and no states beside it.
+    """
+    return config.sequences * config.sequence_length
 
 
 def require_fit(made: Plan) -> None:
@@ -295,7 +307,7 @@ def find_alternatives(
     def attempt(change: str, where: Machine = machine, **settings: Any) -> list[Alternative]:
         other = config.model_copy(update=settings)
         counted = Counted(shape, load_of(other, shape, where))
-        layout, fits = choose_layout(other, counted, where, min(longest, other.sequence_length))
+        layout, fits = choose_layout(other, counted, where, min(longest, row_tokens(other)))
         return [Alternative(change, counted.memory(layout).peak)] if fits else []
 
     is_gpu = machine.kind == "cuda"
@@ -311,7 +323,7 @@ def find_alternatives(
         yield from quantised
         if not quantised:
             smaller["load"], words = "nf4", "--load nf4 "
-    for length in halves(longest):
+    for length in halves(longest // config.sequences):
         found = attempt(f"{words}--sequence-length {length}", sequence_length=length, **smaller)
         yield from found
         if found:
@@ -341,6 +353,8 @@ def larger_machines(attempt: Callable[..., list[Alternative]], machine: Machine,
 def doubts(config: ResolvedConfig, counted: Counted, machine: Machine, layout: Layout, longest: int) -> Iterator[str]:
     """What the figures do not know, and what else is needed."""
     shape = counted.shape
+    if config.method == "dpo":
+        yield "before the first step the base's log-probabilities are computed, once: at most half an epoch's time."
     if layout.offload:
         host = layout.checkpointed * layout.tokens * shape.hidden * counted.load.types.width * machine.gpus
         yield f"inputs of layers go to the host: {gib(host)} of its memory must be free."
@@ -355,8 +369,8 @@ def doubts(config: ResolvedConfig, counted: Counted, machine: Machine, layout: L
         yield "there is no flash attention for this GPU and type: attention may need more memory than is counted here."
     if machine.kind == "cpu":
         yield "memory on a CPU is rougher than on a GPU: other programs and the operating system share it."
-    if shape.longest and longest > shape.longest:
-        yield f"rows of {longest:,} tokens are longer than the {shape.longest:,} that the model was made for."
+    if shape.longest and (length := longest // config.sequences) > shape.longest:
+        yield f"rows of {length:,} tokens are longer than the {shape.longest:,} that the model was made for."
     matched = [linear.path for linear in shape.outside if linear in shape.targeted(config.target_modules)]
     if matched:
         yield f"{len(matched)} linear layers outside of the language model get an adapter too, first {matched[0]}."

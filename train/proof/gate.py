@@ -28,9 +28,12 @@ METRICS = {
     "eval_loss": "loss on held-out rows, nats a token",
     "eval_perplexity": "its exponential",
     "eval_token_accuracy": "tokens of held-out replies guessed right",
+    "eval_reward_accuracy": "dpo: held-out pairs in which the preferred output gained more on the base",
+    "eval_reward_margin": "dpo: by how much, times beta, in nats",
     "train_loss": "mean loss of the training",
     "tokens_per_second": "speed of the training",
 }
+METHODS = {"eval_perplexity": "sft", "eval_reward_accuracy": "dpo", "eval_reward_margin": "dpo"}  # others: of both
 RELATIONS = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -75,9 +78,17 @@ class Unmet:
         return f"{wanted.metric} is {self.found:.4g}, {wanted} is required ({abs(self.found - wanted.value):.3g} off)"
 
 
-def parse_requirements(texts: Sequence[str]) -> list[Requirement]:
-    """Requirements as `success>=0.9` or `stop_rate=100%`; ConfigError that names what there is otherwise."""
-    return [parse_requirement(text) for text in texts]
+def parse_requirements(texts: Sequence[str], method: str = "sft") -> list[Requirement]:
+    """Requirements as `success>=0.9` or `stop_rate=100%`; ConfigError that names what there is otherwise, and for what
+    the method of training does not measure.
+    """
+    found = [parse_requirement(text) for text in texts]
+    for each in found:
+        if METHODS.get(each.metric, method) != method:
+            known = [name for name in METRICS if METHODS.get(name, method) == method]
+            problem = f"--require {each}: --method {method} does not measure {each.metric}."
+            raise ConfigError(problem, f"there are {', '.join(known)}")
+    return found
 
 
 def parse_requirement(text: str) -> Requirement:

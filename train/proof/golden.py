@@ -4,6 +4,7 @@ The decoding is written out instead of calling `generate`, so that no generation
 penalty, a temperature) can touch it, and so that each step's log-probabilities are those of the plain softmax.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,20 +46,25 @@ def decode_greedily(model: Any, encoder: Encoder, prompt: list[int], most: int) 
     return Reply(tokens=tokens, logprobs=logprobs, margins=margins, text=text, stopped=stopped)
 
 
-def golden_replies(model: Any, encoder: Encoder, conversations: list[list[Message]]) -> list[Golden]:
+def golden_replies(
+    model: Any, encoder: Encoder, conversations: list[list[Message]], known: Sequence[Golden] = ()
+) -> list[Golden]:
     """Replies of adapter and base to GOLDEN_PROMPTS of `conversations`, those first on which the two differ.
 
     A prompt that both answer alike proves nothing about the adapter. `model`: a PeftModel, whose adapter is switched
-    off for the base.
+    off for the base. `known`: of another adapter on the same base, whose replies are not asked for again.
     """
     model.eval()
+    bases = {tuple(each.prompt_tokens): each.base for each in known}
     telling: list[Golden] = []
     alike: list[Golden] = []
     for messages in conversations:
         prompt = encoder.prompt(messages)
         adapter = greedy_reply(model, encoder, prompt, GOLDEN_TOKENS)
-        with model.disable_adapter():
-            base = greedy_reply(model, encoder, prompt, GOLDEN_TOKENS)
+        base = bases.get(tuple(prompt))
+        if base is None:
+            with model.disable_adapter():
+                base = greedy_reply(model, encoder, prompt, GOLDEN_TOKENS)
         found = telling if adapter.tokens != base.tokens else alike
         found.append(Golden(messages=messages, prompt_tokens=prompt, adapter=adapter, base=base))
         if len(telling) == GOLDEN_PROMPTS:

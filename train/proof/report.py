@@ -31,7 +31,11 @@ HTML, JSON = "report.html", "report.json"
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
 # Title, unit, and the keys of the history that are drawn, each with its name.
 CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
-    ("Loss", "nats a token", (("loss", "training"), ("eval_loss", "evaluation"))),
+    ("Loss", "nats a {unit}", (("loss", "training"), ("eval_loss", "evaluation"))),
+    ("Reward margin", "beta × nats", (("reward_margin", "training"), ("eval_reward_margin", "evaluation"))),
+    ("Reward accuracy", "share of pairs", (("reward_accuracy", "training"), ("eval_reward_accuracy", "evaluation"))),
+    ("Preferred outputs", "nats", (("chosen_logps", "training"), ("eval_chosen_logps", "evaluation"))),
+    ("Non-preferred outputs", "nats", (("rejected_logps", "training"), ("eval_rejected_logps", "evaluation"))),
     ("Token accuracy", "share of held-out tokens guessed right", (("eval_token_accuracy", "evaluation"),)),
     ("Learning rate", "", (("learning_rate", "learning rate"),)),
     ("Gradient norm", "before clipping", (("grad_norm", "gradient norm"),)),
@@ -39,9 +43,11 @@ CHARTS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("Memory", "GiB, peak", (("memory_gib", "memory"),)),
 )
 SMOOTHED = {"loss", "grad_norm", "tokens_per_second"}
+SMOOTHED |= {"reward_margin", "reward_accuracy", "chosen_logps", "rejected_logps"}
 SHARES = (("success", "Success"), ("exact_match", "Exact match"), ("rouge_l", "ROUGE-L"), ("bleu", "BLEU"))
 BEHAVIOUR = (("stop_rate", "Stops by itself"), ("repetition", "Falls into a loop"))
-ZOOMED = {"Loss", "Token accuracy"}  # where small differences matter; the rest begin at 0
+# Where small differences matter; the rest begin at 0.
+ZOOMED = {"Loss", "Token accuracy", "Reward margin", "Preferred outputs", "Non-preferred outputs"}
 OPEN_SAMPLES = 5
 
 
@@ -111,7 +117,8 @@ def render(document: dict[str, Any]) -> str:
         TEMPLATE,
         FILTERS,
         **document,
-        charts=list(draw_charts(document["history"])),
+        charts=list(draw_charts(document["history"], "pair" if method_of(document) == "dpo" else "token")),
+        method=method_of(document),
         base_name=document["adapter"]["base"]["model"].rstrip("/").rsplit("/", 1)[-1],
         score_rows=score_rows(document["scores"], with_check=bool(check)),
         check=check,
@@ -120,10 +127,16 @@ def render(document: dict[str, Any]) -> str:
     )
 
 
-def draw_charts(history: History) -> list[dict[str, Any]]:
+def method_of(document: dict[str, Any]) -> str:
+    """How it was trained: sft or dpo."""
+    return next((str(each["value"]) for each in document["settings"] if each["name"] == "method"), "sft")
+
+
+def draw_charts(history: History, unit_of_loss: str = "token") -> list[dict[str, Any]]:
     """Those of CHARTS for which the history has values."""
     charts = []
-    for title, unit, keys in CHARTS:
+    for title, words, keys in CHARTS:
+        unit = words.format(unit=unit_of_loss)
         series = [Series(name, points_of(history, key), smooth=key in SMOOTHED) for key, name in keys]
         drawn = [each for each in series if each.points]
         if drawn and max(len(each.points) for each in drawn) > 1:

@@ -7,14 +7,16 @@
     'evaluation loss rose from 0.350 at step 10 to 0.420 at step 30 while training loss fell from 0.400 to 0.240'
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import exp, inf
 from typing import Any, Literal
 
 from loraport.train.proof.scores import Scored, Scores
 
 NOTABLE = 0.02  # share by which a loss must change to mean anything
+LEARNT = 0.6  # share of held-out pairs ranked right from which on DPO has learnt something: half is chance
+UNLIKELY = -1.0  # reward of the preferred replies, times 1 / beta nats, below which the run drove both replies out
 CLOSE = 0.01  # ROUGE-L difference below which two models reply alike
 
 History = Sequence[dict[str, Any]]
@@ -35,11 +37,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One evaluation: its step and loss, and the mean training loss since the one before."""
+    """One evaluation: its step and loss, the mean training loss since the one before, and of DPO `accuracy` and
+    `margin` of the rewards.
+    """
 
     step: int
     eval_loss: float
     train_loss: float | None
+    rewards: dict[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -57,7 +62,12 @@ def evaluations(history: History) -> list[Evaluated]:
         if "eval_loss" in entry:
             step = int(entry["step"])
             train_loss = sum(since) / len(since) if since else found[step].train_loss if step in found else None
-            found[step] = Evaluated(step, float(entry["eval_loss"]), train_loss)
+            rewards = {
+                name: float(value)
+                for name in ("accuracy", "margin")
+                if (value := entry.get(f"eval_reward_{name}")) is not None
+            }
+            found[step] = Evaluated(step, float(entry["eval_loss"]), train_loss, rewards)
             since = []
     return list(found.values())
 
@@ -88,18 +98,53 @@ def judge_rise(best: Evaluated, last: Evaluated) -> Verdict:
     return Verdict("warning", "overfitting", f"{rose} {fell}; {kept}", "train for fewer epochs, or on more rows")
 
 
-def judge_replies(adapter: Scores, base: Scores, replies: Sequence[Scored]) -> list[Verdict]:
-    """Whether the adapter brought anything, stops, repeats itself, and whether the user's check went wrong."""
-    found = [judge_gain(adapter, base)]
+def judge_preferences(metrics: Mapping[str, float]) -> list[Verdict]:
+    """Of DPO: whether held-out pairs are ranked right, and whether the preferred replies became rarer too."""
+    accuracy, margin = metrics["eval_reward_accuracy"], metrics["eval_reward_margin"]
+    text = f"{accuracy:.0%} of the held-out pairs are ranked as preferred, with a margin of {margin:.2f}"
+    if accuracy < LEARNT:
+        advice = "train longer (--epochs, --learning-rate), or look whether the rows agree on what is preferred"
+        found = [Verdict("warning", "learnt no preference", text, advice)]
+    else:
+        found = [Verdict("good", "learnt the preference", text)]
+    reward = metrics["eval_chosen_reward"]
+    if reward < UNLIKELY:
+        text = f"the preferred outputs became less likely than under the base, too (reward {reward:.2f})"
+        advice = "a lower --learning-rate, fewer --epochs or a higher --beta keeps them, or sft on them first"
+        found.append(Verdict("note", "both replies fell", text, advice))
+    return found
+
+
+def judge_change(adapter: Sequence[Scored], base: Sequence[Scored]) -> list[Verdict]:
+    """Of DPO: whether what was learnt shows in what is said; it may rank replies anew that it would not give."""
+    alike = sum(one.text == other.text for one, other in zip(adapter, base, strict=True))
+    if not adapter or alike < len(adapter):
+        return []
+    text = f"all {len(adapter)} replies are the base's own: the ranking changed, and what is said did not"
+    advice = "train longer, lower --beta, raise --learning-rate, or train on the preferred outputs with sft"
+    return [Verdict("warning", "shows in no reply", text, advice)]
+
+
+def judge_replies(adapter: Scores, base: Scores, replies: Sequence[Scored], method: str = "sft") -> list[Verdict]:
+    """Whether the adapter brought anything, stops, repeats itself, and whether the user's check went wrong.
+
+    To reply as the references do is not the aim of DPO, which teaches to prefer them to other replies: there a user's
+    check tells what was brought, or nothing does.
+    """
+    has_gain = method == "sft" or any(reply.checked is not None for reply in replies)
+    found = [judge_gain(adapter, base)] if has_gain else []
     unending = round((1 - adapter.stop_rate) * adapter.replies)
     if unending:
         text = f"{unending} of {adapter.replies} replies do not stop by themselves"
         advice = "train longer (--epochs, --learning-rate), or look whether the rows end where a reply should"
+        if method == "dpo":
+            advice = "a lower --learning-rate or a higher --beta stays nearer to the base, or sft on such outputs first"
         found.append(Verdict("warning", "never stops", text, advice))
     looping = round(adapter.repetition * adapter.replies)
     if looping:
         text = f"{looping} of {adapter.replies} replies fall into a loop"
-        found.append(Verdict("warning", "repeats itself", text, "look for repetition in the rows, or train longer"))
+        advice = "look for repetition in the rows, or train " + ("less" if method == "dpo" else "longer")
+        found.append(Verdict("warning", "repeats itself", text, advice))
     complaints = [reply.complaint for reply in replies if reply.complaint]
     if complaints:
         text = f"on {len(complaints)} of {adapter.replies} replies, which count as failed: {complaints[0]}"
