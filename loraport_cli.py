@@ -101,6 +101,23 @@ GROUPS = {
             ),
         },
     ),
+    "jobs": (
+        "Create, follow and cancel fine-tuning jobs of the endpoint.",
+        {
+            "submit": ("loraport.serve.jobs.cli", "jobs_submit", "Upload rows and create a job."),
+            "list": ("loraport.serve.jobs.cli", "jobs_list", "List the jobs, the newest first."),
+            "show": (
+                "loraport.serve.jobs.cli",
+                "jobs_show",
+                "Show a job: its settings, what came of it, its checkpoints.",
+            ),
+            "logs": ("loraport.serve.jobs.cli", "jobs_logs", "Print all that a job's trainer has said."),
+            "cancel": ("loraport.serve.jobs.cli", "jobs_cancel", "Cancel a job."),
+            "pause": ("loraport.serve.jobs.cli", "jobs_pause", "Pause a job: its checkpoint is kept, its GPU is free."),
+            "resume": ("loraport.serve.jobs.cli", "jobs_resume", "Let a paused job go on, from its checkpoint."),
+            "watch": ("loraport.serve.jobs.cli", "jobs_watch", "Follow a job to its end, or see all jobs as they go."),
+        },
+    ),
     "keys": (
         "Make, list and revoke the API keys of the endpoint.",
         {

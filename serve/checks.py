@@ -19,6 +19,7 @@ from loraport.serve.adapters.catalog import ALIASES, Aliases, Catalog, locate, o
 from loraport.serve.engine import versions
 from loraport.serve.engine.leftovers import read_traces
 from loraport.serve.gateway.keys import read as read_keys
+from loraport.serve.gateway.models import INTERNAL
 from loraport.serve.gateway.settings import is_loopback
 from loraport.train.adapters import Adapter
 from loraport.train.base_model import Base, identify, resolve
@@ -119,6 +120,11 @@ def open_adapters(
         aliases = rolled_back(home, reference)
         adapter = open_reference(home, f"{reference}:latest" if aliases else reference, version, model)
         name = adapter.manifest.name
+        if name.startswith(INTERNAL):
+            raise UsageError(
+                f"{name} is what a fine-tuning job has trained: clients know it by its `ft:` name alone.",
+                f"the endpoint that trained it serves it anyway; to serve it elsewhere, name it: NAME={adapter.folder}",
+            )
         if aliases and aliases.prev:
             newest = aliases.prev.version
             say(f"{name}: {adapter.manifest.version}, which took over from {newest}; {name}@{newest} serves that one.")

@@ -6,6 +6,7 @@ import typer
 
 from loraport.clients.errors import UsageError
 from loraport.clients.home import Home
+from loraport.serve.jobs.options import Options
 from loraport.serve.plan.wish import (
     Concurrency,
     Context,
@@ -103,6 +104,30 @@ def serve(
         float,
         typer.Option(min=0, help="Seconds for running requests to end after SIGTERM; Ctrl-C waits for none."),
     ] = 30.0,
+    jobs: Annotated[
+        bool, typer.Option(help="Take fine-tuning jobs, and keep LoRA slots for what comes of them.")
+    ] = True,
+    jobs_database: Annotated[
+        str | None,
+        typer.Option(
+            help="PostgreSQL for the jobs, without a password: that is for LORAPORT_JOBS_DATABASE. [default: SQLite]"
+        ),
+    ] = None,
+    jobs_policy: Annotated[
+        str, typer.Option(help="auto, coexist, yield or wait: what the engine does for a job that needs its GPU.")
+    ] = "auto",
+    jobs_window: Annotated[
+        str | None, typer.Option(help="Time of the day for --jobs-policy wait, such as 22:00-06:00.")
+    ] = None,
+    jobs_ray: Annotated[
+        str | None, typer.Option(help="URL of a Ray cluster's dashboard: it trains, and this machine serves.")
+    ] = None,
+    gpu_price: Annotated[
+        float | None, typer.Option(min=0, help="Of a GPU-hour, in any currency: jobs' costs are told by it.")
+    ] = None,
+    private_webhooks: Annotated[
+        bool, typer.Option("--private-webhooks", help="Let webhooks reach this machine and private networks.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document when ready.")] = False,
 ) -> None:
     """Serve a base and its adapters on one OpenAI-compatible URL."""
@@ -112,6 +137,11 @@ def serve(
     adapters, more = split_arguments(arguments or [])
     check_engine_flags(more)
     check_port(port)
+    options = (
+        Options.of(jobs_database, jobs_policy, jobs_window, gpu_price, private_webhooks, jobs_ray)
+        if jobs and not merge
+        else None
+    )
     wanted = wish(
         context,
         gpu_memory_utilization,
@@ -127,7 +157,8 @@ def serve(
     )
     run(
         Request(
-            adapters, model, host, port, wanted, engine_command, more, json, drain, merge, tuple(origin or ()), tune
+            *(adapters, model, host, port, wanted, engine_command, more, json, drain, merge, tuple(origin or ()), tune),
+            options,
         ),
         Home.default(),
     )

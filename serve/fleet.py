@@ -35,6 +35,7 @@ class Fleet:
         self.ready: list[Running] = []  # first starts that came off
         self.failed: list[LoraportError] = []  # and those that did not
         self.down: list[LoraportError] = []
+        self.lost: dict[int, str] = {}  # why engines stay down, by their numbers
         self.bug: BaseException | None = None
 
     def start(self) -> Running:
@@ -59,7 +60,7 @@ class Fleet:
     def let_be(self) -> None:
         """Look after the engines no longer: what ends now stays so."""
         for keeper in self.keepers:
-            keeper.over.set()
+            keeper.let_be()
 
     def close(self) -> None:
         """End all engines at the same time."""
@@ -104,6 +105,7 @@ class Fleet:
         """An engine stays down."""
         with self.changed:
             self.down.append(error)
+            self.lost[keeper.launch.replica] = error.message
             left = len(self.keepers) - len(self.down)
             self.changed.notify_all()
         if left and not keeper.over.is_set():

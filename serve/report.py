@@ -59,8 +59,8 @@ def as_json(ready: Ready) -> dict[str, Any]:
     }
 
 
-def say_ready(ready: Ready) -> None:
-    """The same for people, with lines to copy."""
+def say_ready(ready: Ready, tuning: str = "") -> None:
+    """The same for people, with lines to copy. `tuning`: where jobs are taken, if they are."""
     slow = ", ".join(f"{name} {spent:.1f}" for name, spent in ready.phases.items() if spent >= 0.1)
     say(f"ready in {ready.seconds:.1f} s ({slow} s)", "bold green")
     say("")
@@ -73,6 +73,8 @@ def say_ready(ready: Ready) -> None:
     for loaded in ready.adapters:
         say(f"  model     {loaded.name}, adapter {loaded.manifest.version}{merged}, {describe(loaded.verified)}")
     say(f"  context   {ready.launch.plan.context:,} tokens")
+    if tuning:
+        say(f"  tuning    {tuning}")
     if ready.launch.replicas > 1:
         say(f"  replicas  {ready.launch.replicas}, of which the first answers; the others join")
     say("")

@@ -39,13 +39,16 @@ from loraport.serve.engine.quantised import require_packages
 from loraport.serve.fleet import Fleet
 from loraport.serve.gateway.app import create_app
 from loraport.serve.gateway.calls import log_to
+from loraport.serve.gateway.models import INTERNAL
 from loraport.serve.gateway.server import Running as Gateway
 from loraport.serve.gateway.server import run_in_thread
 from loraport.serve.gateway.settings import GatewaySettings
 from loraport.serve.gateway.state import EngineState, Model, Phase
+from loraport.serve.jobs.host import Host, hosting
+from loraport.serve.jobs.options import Options
 from loraport.serve.plan.choose import plan, require_shape
-from loraport.serve.plan.hardware import count_replicas, read_device, split_gpus
-from loraport.serve.plan.settings import Choice, Plan, Wanted, for_one
+from loraport.serve.plan.hardware import count_replicas, read_device, split_gpus, why_replicas
+from loraport.serve.plan.settings import TUNED_SLOTS, Choice, Plan, Wanted, for_one
 from loraport.serve.signals import Stop, ignored_signals, stop_signals
 from loraport.serve.supervise import Keeper, Running
 from loraport.train.adapters import Adapter
@@ -71,6 +74,7 @@ class Request:
     merge: str | None = None
     origins: tuple[str, ...] = ()
     tune: bool = False
+    jobs: Options | None = None  # of fine-tuning, where that is offered
 
 
 def serve(request: Request, home: Home) -> None:
@@ -84,11 +88,17 @@ def serve(request: Request, home: Home) -> None:
             checks.check_port(request.host, request.port, home)
             state = EngineState(count_replicas(request.wanted))
             state.begin(Phase.STARTING, "checking adapters and base")
-            with open_gateway(request, home, state) as gateway:
+            url = report.base_url(request.host, request.port)
+            with (
+                hosting(request.jobs, home, request.port, url) as jobs,
+                open_gateway(request, home, state, jobs) as gateway,
+            ):
+                if jobs:
+                    jobs.clear(request.wanted)
                 launch = prepare(request, home)
                 say_plan(launch)
                 launch = kernels.find(launch, request.tune, home, state)
-                Service(spread(launch, home), request, home, state, gateway, began).run()
+                Service(spread(launch, home), request, home, state, gateway, began, jobs).run()
     except Stop:
         say("stopped.")
 
@@ -100,7 +110,7 @@ def end_earlier(home: Home) -> None:
         say(f"ended {ended} process{'es' if ended > 1 else ''} that an earlier `loraport serve` left behind.", "yellow")
 
 
-def open_gateway(request: Request, home: Home, state: EngineState) -> Gateway:
+def open_gateway(request: Request, home: Home, state: EngineState, jobs: Host | None = None) -> Gateway:
     """Take the port. From now on everybody gets an answer, if only when to come back."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with suppress(ValueError, OSError):  # each stream takes two files, and 1,024 is a common limit
@@ -108,7 +118,11 @@ def open_gateway(request: Request, home: Home, state: EngineState) -> Gateway:
     log_to(home.ensure(home.logs) / f"gateway-{request.port}.log")
     usage = home.ensure(home.root / "usage") / f"{request.port}.json"
     settings = GatewaySettings(request.host, request.port, home.keys, usage, origins=request.origins)
-    return run_in_thread(create_app(state, settings), request.host, request.port)
+    app = create_app(state, settings, [jobs.mount] if jobs else [])
+    running = run_in_thread(app, request.host, request.port)
+    if jobs:
+        jobs.begin(app)
+    return running
 
 
 def prepare(request: Request, home: Home) -> Launch:
@@ -120,6 +134,7 @@ def prepare(request: Request, home: Home) -> Launch:
     require_disk(home.cache, checks.GPU_CACHE_BYTES if device.kind == "cuda" else checks.CACHE_BYTES, "the engine")
     adapters, base = find_merged(request, home) if request.merge else find_served(request, home, version)
     slotted = [] if request.merge else adapters
+    wanted = replace(wanted, tuned=TUNED_SLOTS if request.jobs and not request.merge else 0)
     chosen = make_plan(wanted, base, slotted, device, versions.spare_slots(version, device.kind))
     require_packages(chosen, command, version, is_ours=request.engine_command is None)
     if request.tune:
@@ -152,13 +167,6 @@ def prepare(request: Request, home: Home) -> Launch:
     )
 
 
-def why_replicas(device: Device, tensor_parallel: int) -> str:
-    """What each has, in words."""
-    gpus = "a GPU" if tensor_parallel == 1 else f"{tensor_parallel} GPUs"
-    part = f"{gpus} of its own" if device.kind == "cuda" else "a part of the cores and the memory"
-    return f"each has {part}; a request goes to the one that has fewest"
-
-
 def spread(launch: Launch, home: Home) -> list[Launch]:
     """The launches of all replicas: each with GPUs of its own, where there are any, and a socket."""
     is_cuda = launch.device.kind == "cuda" and launch.replicas > 1
@@ -174,7 +182,8 @@ def find_served(request: Request, home: Home, version: versions.Version) -> tupl
     references, model = request.adapters, request.model
     if not references and not model:
         registered = Catalog(home, request.port).registered()
-        references, model = list(registered.references), registered.base
+        own = [reference for reference in registered.references if not reference.startswith(INTERNAL)]
+        references, model = own, registered.base  # what was fine-tuned here is loaded when it is asked for
     adapters = checks.open_adapters(home, references, version, model)
     return adapters, checks.find_base(model, adapters)
 
@@ -228,7 +237,9 @@ class Service:
         state: EngineState,
         gateway: Gateway,
         began: float,
+        jobs: Host | None = None,
     ) -> None:
+        self.jobs = jobs
         self.request, self.home, self.state, self.gateway, self.began = request, home, state, gateway, began
         self.fleet = Fleet([Keeper(launch, home, state, self.bring_up) for launch in launches])
         launch = launches[0]
@@ -257,11 +268,15 @@ class Service:
     def run(self) -> None:
         """Start, tell, keep; whatever happens, nothing is left running."""
         try:
+            if self.jobs:
+                self.jobs.attach(self.fleet, self.live, self.fleet.keepers[0].launch)
             running = self.fleet.start()
             self.tell(running)
             self.keep()
         finally:
             with ignored_signals():
+                if self.jobs:
+                    self.jobs.stop()
                 record, self.record = self.record, None  # a change that comes too late must not write it again
                 if record:
                     record.path(self.home).unlink(missing_ok=True)
@@ -351,7 +366,8 @@ class Service:
     def write_record(self, running: Running) -> None:
         """The record for other commands."""
         launch = running.launch
-        names = [self.live.merged.name] if self.live.merged else list(self.live.served)
+        served = [name for name in self.live.served if not name.startswith(INTERNAL)]
+        names = [self.live.merged.name] if self.live.merged else served
         self.record = EndpointRecord(
             base_url=self.url,
             port=self.request.port,
@@ -373,7 +389,7 @@ class Service:
         ready = report.Ready(launch, self.url, loaded, running.timeline.seconds, took, self.gateway.gateway.ring.asks)
         if self.request.json:
             print_json(report.as_json(ready))
-        report.say_ready(ready)
+        report.say_ready(ready, self.jobs.describe() if self.jobs else "")
 
 
 def base_model(launch: Launch, context: int) -> Model:

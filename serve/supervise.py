@@ -7,6 +7,9 @@ engines are kept by as many keepers, each in a thread of its own: fleet.py.
     >>> keeper = Keeper(launch, home, state, bring_up)
     >>> keeper.start()
     >>> keeper.watch()                       # until `close`, or until it stays down, which is an EngineError
+
+An engine may be sent away for a while, because somebody else needs its GPU: then its keeper waits, and what happens to
+the engine meanwhile is no crash (`leave`, `come_back`; for all engines of an endpoint at once: fleet.py).
 """
 
 import threading
@@ -26,6 +29,7 @@ from loraport.serve import checks
 from loraport.serve.engine import versions
 from loraport.serve.engine.connect import connect
 from loraport.serve.engine.process import Engine, Launch, arguments
+from loraport.serve.engine.pulse import counters, give_token
 from loraport.serve.engine.starts import Start, expected_seconds
 from loraport.serve.engine.startup import explain_death, served_context, wait_ready
 from loraport.serve.gateway.state import EngineState, Phase
@@ -38,10 +42,8 @@ GATEWAY_PHASES = {
     "profiling": Phase.COMPILING,
     "graph capture": Phase.COMPILING,
 }
-# What moves with the work of an engine alone, and not with requests that come, wait or are given up.
-COUNTED = ("vllm:prompt_tokens", "vllm:generation_tokens", "vllm:iteration_tokens", "vllm:kv_cache_usage")
-METRICS_S = 10.0
 DYING_S = 2.0  # between the last answer of an engine that dies and its end
+AWAY = "the job that had its place has ended"
 SILENT_GPU_S, SILENT_CPU_S = 90.0, 300.0  # one step of a large model over a long prompt takes minutes on a CPU
 
 
@@ -103,6 +105,9 @@ class Keeper:
         self.is_restart = False
         self.lock = threading.RLock()  # for the one moment when an engine is started or ended
         self.over = threading.Event()  # somebody else has ended it: nothing is started any more
+        self.present = threading.Event()  # not set: it is sent away, and nothing is started until it may come back
+        self.present.set()
+        self.departures = 0  # how often: what breaks while that changes is no crash
 
     @property
     def is_shown(self) -> bool:
@@ -114,15 +119,29 @@ class Keeper:
         say(f"{self.launch.name}: {message}" if self.launch.replicas > 1 else message, style)
 
     def start(self) -> Running:
-        """Start an engine and bring it up. Any LoraportError ends it again.
+        """Start an engine and bring it up, once it may be there. Any LoraportError ends it again.
 
         One that refuses its context is started once more with the context that vLLM names.
         """
+        while True:
+            self.present.wait()
+            before = self.departures
+            try:
+                return self.try_to_start()
+            except Exception:
+                if self.departures == before or self.over.is_set():
+                    raise
+            self.end()  # it was sent away, which breaks whatever was under way
+            self.is_restart, self.cause = True, AWAY
+
+    def try_to_start(self) -> Running:
+        """The start, once or twice."""
         try:
             return self.attempt()
         except EngineError as error:
             lines = list(self.running.engine.last) if self.running else []
             other = with_context_that_fits(self.launch, lines) or with_slots_for_all(self.launch, lines)
+            other = other or without_slots(self.launch, lines)
             self.end()
             if other is None:
                 raise error
@@ -133,7 +152,7 @@ class Keeper:
         """One try; the engine is left as it is where that fails, for its words to be read."""
         launch, kind = self.launch, kind_of(self.launch)
         with self.lock:
-            if self.over.is_set():
+            if self.over.is_set() or not self.present.is_set():
                 raise EngineError("the engine was ended before it was started.")
             client, timeline = connect(launch.socket), Timeline(has_lora=launch.plan.slots > 0)
             engine = Engine(launch, self.home)
@@ -154,7 +173,7 @@ class Keeper:
             self.bring_up(running)
             outcome = "ready"
         except LoraportError as error:
-            outcome = outcome if self.over.is_set() else error.message
+            outcome = outcome if self.over.is_set() or not self.present.is_set() else error.message
             raise
         finally:
             start.models += [adapter.manifest.name for adapter in launch.adapters]
@@ -177,18 +196,50 @@ class Keeper:
     def watch(self) -> None:
         """Look after the engine until `close`; EngineError once it stays down."""
         while not self.over.is_set():
-            cause = self.trouble()
-            if cause:
+            running, before, cause = self.running, self.departures, None
+            if running is None:
+                self.start_again()
+                continue
+            try:
+                cause = self.trouble(running)
+            except Exception:
+                if self.departures == before:  # else it was sent away while it was looked at
+                    raise
+            if cause and self.departures == before:
                 self.recover(cause)
+
+    def start_again(self) -> None:
+        """Start it as soon as it may be there again. One that fails is tried again as after a crash."""
+        self.is_restart, self.cause, self.spoiled = True, AWAY, ""
+        try:
+            running = self.start()
+        except LoraportError as error:
+            if not self.over.is_set():
+                self.recover(error)
+        else:
+            self.say_ready(running)
+
+    def leave(self) -> None:
+        """End the engine, and start none until it may come back. From any thread; twice is fine."""
+        self.departures += 1
+        self.present.clear()
+        self.end()
+
+    def come_back(self) -> None:
+        """Let the engine be started again. From any thread; twice is fine."""
+        self.present.set()
+
+    def let_be(self) -> None:
+        """Look after it no longer: what ends now stays so. From any thread."""
+        self.over.set()
+        self.present.set()
 
     def spoil(self, reason: str) -> None:
         """Have the engine replaced: what it holds is wrong. From any thread."""
         self.spoiled = reason
 
-    def trouble(self) -> EngineError | None:
+    def trouble(self, running: Running) -> EngineError | None:
         """What is wrong with the engine, after at most a second; None where all is well."""
-        running = self.running
-        assert running is not None
         engine = running.engine
         if engine.wait(self.patience.look_s) is not None:
             return death(engine)
@@ -252,10 +303,12 @@ class Keeper:
             except LoraportError as error:
                 cause = error
             else:
-                say(
-                    f"{self.launch.name} is ready again, after {sum(running.timeline.seconds.values()):.1f} s.", "green"
-                )
+                self.say_ready(running)
                 return
+
+    def say_ready(self, running: Running) -> None:
+        """Tell people that it is back."""
+        say(f"{self.launch.name} is ready again, after {sum(running.timeline.seconds.values()):.1f} s.", "green")
 
     def stay_down(self, cause: LoraportError) -> None:
         """Give up, in words that every client gets."""
@@ -276,7 +329,7 @@ class Keeper:
 
     def close(self) -> None:
         """End the engine, and start none again. From any thread."""
-        self.over.set()
+        self.let_be()
         self.end()
 
 
@@ -294,23 +347,6 @@ def kind_of(launch: Launch) -> str:
     return f"{launch.base.folder} on {launch.device.name}, {plan.quantization}{lora}{others}"
 
 
-def counters(client: httpx.Client) -> str:
-    """What the engine counts of its work, as text; empty where it does not answer."""
-    with suppress(httpx.HTTPError):
-        lines = client.get("/metrics", timeout=METRICS_S).text.splitlines()
-        return "\n".join(line for line in lines if line.startswith(COUNTED))
-    return ""
-
-
-def give_token(client: httpx.Client, model: str, wait_s: float) -> bool:
-    """Whether the engine answers a request for one token, with whatever, within that time."""
-    body = {"model": model, "prompt": [1], "max_tokens": 1, "temperature": 0}
-    try:
-        return client.post("/v1/completions", json=body, timeout=wait_s).status_code < 500
-    except httpx.HTTPError:
-        return False
-
-
 def with_slots_for_all(launch: Launch, lines: list[str]) -> Launch | None:
     """The launch with LoRA slots for all linears, where vLLM ended over one of those that were named; else None.
 
@@ -323,6 +359,14 @@ def with_slots_for_all(launch: Launch, lines: list[str]) -> Launch | None:
         "yellow",
     )
     return replace(launch, plan=replace(launch.plan, targets=()))
+
+
+def without_slots(launch: Launch, lines: list[str]) -> Launch | None:
+    """The launch without LoRA slots, where vLLM has none for this model and nobody asked for any; else None."""
+    if not launch.plan.tuned or launch.adapters or not versions.is_without_lora(lines):
+        return None
+    say("warning: vLLM has no LoRA for this model; it is started again without: jobs cannot be served.", "yellow")
+    return replace(launch, plan=replace(launch.plan, slots=0, rank=0, targets=(), tuned=0))
 
 
 def with_context_that_fits(launch: Launch, lines: list[str]) -> Launch | None:

@@ -44,13 +44,19 @@ class Postgres:
         folder.mkdir(parents=True)
         if self.user:
             os.chown(folder, pwd.getpwnam(self.user).pw_uid, -1)
-            for parent in folder.parents:  # pytest's are its user's alone
-                if parent.stat().st_uid == os.geteuid() and parent != Path("/"):
-                    parent.chmod(parent.stat().st_mode | 0o011)
+            self.open_way()
         command = ["initdb", "-D", str(folder / "data"), "-U", USER, "-A", "trust", "--no-sync", "-E", "UTF8"]
         self.run([*command, "--locale=C"])
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
+
+    def open_way(self) -> None:
+        """Let the server's user pass the folders above its own: pytest's are its user's alone, and become so again
+        whenever another pytest starts.
+        """
+        for parent in self.folder.parents:
+            if parent.stat().st_uid == os.geteuid() and parent != Path("/"):
+                parent.chmod(parent.stat().st_mode | 0o011)
 
     def run(self, command: list[str]) -> None:
         """One of PostgreSQL's programs, to its end."""
@@ -59,6 +65,8 @@ class Postgres:
 
     def start(self) -> None:
         """Start the server, and wait until it answers."""
+        if self.user:
+            self.open_way()
         settings = ["listen_addresses=127.0.0.1", f"port={self.port}", "fsync=off", "unix_socket_directories="]
         command = [str(binaries() / "postgres"), "-D", str(self.folder / "data")]
         with (self.folder.parent / f"{self.folder.name}.log").open("ab") as log:

@@ -95,6 +95,7 @@ class Live:
         self.holders = Holders(engine, in_flight, self.lock)
         self.served: dict[str, Served] = {}
         self.failed: dict[str, tuple[Adapter, str]] = {}
+        self.give_way: Callable[[], bool] = lambda: False  # let one go that comes back when it is asked for; whether so
         self.is_changing = False  # for others to see: an adapter is being loaded or proven
         self.merged: Loaded | None = None  # what is in the weights: then nothing else is served
         self.ends: frozenset[int] = frozenset()  # tokens on which the engine stops, whoever answers
@@ -289,18 +290,20 @@ class Live:
         self.holders.load(name, adapter.folder)
 
     def make_room(self) -> None:
-        """Where all slots are taken, give up versions of before, and wait for the last requests of those given up."""
+        """Where all slots are taken, give up versions of before, wait for the last requests of those given up, and
+        have others give way.
+        """
         end = time.monotonic() + ROOM_S
         while (room := self.holders.room) is not None and room <= 0:
             spared = next((served for served in self.served.values() if served.prev), None)
             if spared and spared.prev:
                 self.put(Served(spared.latest))
                 self.holders.retire(spared.prev.engine_name)
-            elif not self.holders.retired or time.monotonic() > end:
-                return  # Slots.load says so
-            else:
+            elif self.holders.retired and time.monotonic() <= end:
                 time.sleep(SWEEP_S / 4)
                 self.holders.sweep()
+            elif not self.give_way():
+                return  # Slots.load says so
 
     def prove(self, adapter: Adapter) -> Loaded:
         """Prove one adapter alone, then together with all that are served."""

@@ -69,8 +69,13 @@ def check_unserved(home: Home, folder: Path) -> None:
 
 
 def remove(home: Home, folder: Path) -> Path:
-    """Delete one version: out of sight by one rename, then its files; aliases and registrations that mean it go too."""
+    """Delete one version, which no endpoint may serve."""
     check_unserved(home, folder)
+    return take_away(home, folder)
+
+
+def take_away(home: Home, folder: Path) -> Path:
+    """Delete it whoever serves it: out of sight by one rename, then its files; aliases and registrations go too."""
     name, reference = folder.parent.name, f"{folder.parent.name}@{folder.name}"
     for port, known in serving_ports(home).items():
         if reference in known.references:

@@ -193,6 +193,11 @@ def is_linear_without_slots(lines: list[str]) -> bool:
     return any("LoRA target module" in line and "could not be wrapped" in line for line in lines)
 
 
+def is_without_lora(lines: list[str]) -> bool:
+    """Whether a start ended because vLLM has no LoRA for the model, or for how its experts are held (0.25 to 0.32)."""
+    return any("does not support LoRA" in line for line in lines)
+
+
 def explain(lines: list[str]) -> Failure | None:
     """The known failure that these log lines show, its words filled in; the first of FAILURES that matches wins."""
     text = hide_in_text("\n".join(lines))

@@ -7,12 +7,17 @@ web page elsewhere must not reach it through a browser's back door (DNS rebindin
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from loraport.serve.gateway.keys import PREFIX, Key, Ring
+from loraport.serve.gateway.keys import OWNER, PREFIX, Key, Ring
 from loraport.serve.gateway.refusals import Refusal
 from loraport.serve.gateway.settings import GatewaySettings, is_loopback
 
 ANYONE = Key("-", "", 0.0)
 FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
+
+
+def tenant_of(key: Key) -> str:
+    """Whose files, jobs and models a key acts on: those of its name; the owner's at this machine are nobody's."""
+    return ANYONE.name if key.name == OWNER else key.name
 
 
 def given_key(headers: Headers) -> str | None:

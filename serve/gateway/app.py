@@ -2,7 +2,8 @@
 
     POST  /v1/chat/completions /v1/completions /v1/responses /v1/messages /v1/messages/count_tokens
           /v1/embeddings /tokenize /detokenize              to the engine          forward.py
-    GET   /v1/models /v1/models/{id} /health /metrics       answered here          below
+    GET   /v1/models /v1/models/{id} /health /metrics       answered here          below, tuned.py
+    DELETE /v1/models/{id}                                  what was fine-tuned    tuned.py
     GET   /admin/engine /admin/keys /admin/usage            admin keys             admin.py
     all else                                                404, never forwarded
 
@@ -17,17 +18,17 @@ by what its keeper says (state.py); nothing here starts, checks or loads anythin
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from loraport.serve.gateway import access, admin, models
+from loraport.serve.gateway import access, admin, models, tuned
 from loraport.serve.gateway.calls import MARK, Call, Door
 from loraport.serve.gateway.forward import Forward, Gateway, limited
 from loraport.serve.gateway.keys import Key, Ring
@@ -53,8 +54,13 @@ PROBE_S = 5.0
 FIGURES_S = 1.0  # for the figures of one of several engines: a scrape must not wait for one that hangs
 
 
-def create_app(engine: EngineState, settings: GatewaySettings) -> FastAPI:
-    """The application; ConfigError where the file of keys is damaged. `app.state.gateway` holds its parts."""
+def create_app(
+    engine: EngineState, settings: GatewaySettings, more: Sequence[Callable[[Gateway], APIRouter]] = ()
+) -> FastAPI:
+    """The application; ConfigError where the file of keys is damaged. `app.state.gateway` holds its parts.
+
+    `more`: routes of others, such as those of serve/finetuning/api.py.
+    """
     ring, usage = Ring(settings.keys_path), Usage(settings.usage_path)
     gateway = Gateway(engine, settings, ring, Limits(), usage, Metrics(engine), Upstream(engine, settings))
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan(gateway), redirect_slashes=False)
@@ -64,15 +70,18 @@ def create_app(engine: EngineState, settings: GatewaySettings) -> FastAPI:
         *(Route(path, Forward(gateway, path), methods=["POST"]) for path in FORWARDED),
         Route("/v1/models", own.list_models, methods=["GET"]),
         Route("/v1/models/{id:path}", own.show_model, methods=["GET"]),
+        Route("/v1/models/{id:path}", own.delete_model, methods=["DELETE"]),
         Route("/health", own.health, methods=["GET"]),
         Route("/metrics", own.metrics, methods=["GET"]),
     ]
-    app.include_router(admin.routes(gateway))
+    for routes in (admin.routes, *more):
+        app.include_router(routes(gateway))
     app.router.routes.append(Route("/{path:path}", Nothing()))
+    app.router.default = Nothing()  # a path with a line break in it is none of `path`
     app.add_middleware(Door, header_bytes=settings.header_bytes, done=gateway.done)
     if settings.origins:  # around the door, so that a page can read refusals too
         shown = ["x-request-id", "retry-after"]
-        methods = ["GET", "POST"]
+        methods = ["GET", "POST", "DELETE"]
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.origins,
@@ -132,12 +141,22 @@ class Own:
     async def list_models(self, request: Request) -> Response:
         """GET /v1/models: those of the key."""
         with limited(self.gateway, key := self.enter(request, "/v1/models")):
-            return JSONResponse(models.listing(self.ready(), key))
+            found = models.listing(self.ready(), key)
+            found["data"] += await tuned.cards(self.gateway, key)
+            return JSONResponse(found)
 
     async def show_model(self, request: Request) -> Response:
         """GET /v1/models/{id}."""
         with limited(self.gateway, key := self.enter(request, "/v1/models/{id}")):
-            return JSONResponse(models.card(models.resolve(self.ready(), key, request.path_params["id"])))
+            name, snapshot = request.path_params["id"], self.ready()
+            if self.gateway.tuned and name.startswith(tuned.PUBLIC):
+                return JSONResponse(tuned.card(self.gateway, await tuned.known(self.gateway, key, name)))
+            return JSONResponse(models.card(models.resolve(snapshot, key, name)))
+
+    async def delete_model(self, request: Request) -> Response:
+        """DELETE /v1/models/{id}: what was fine-tuned, for good."""
+        with limited(self.gateway, key := self.enter(request, "/v1/models/{id}")):
+            return JSONResponse(await tuned.delete(self.gateway, key, request.path_params["id"]))
 
     def ready(self) -> Snapshot:
         """The engine; Refusal 503 while it is not ready."""
@@ -167,6 +186,8 @@ class Own:
         answers = await self.ask_all(snapshot.reachable, "/metrics", {"accept": "text/plain"}, wait_s)
         engines = {number: page for number, (status, page) in sorted(answers.items()) if status == 200}
         page = await asyncio.to_thread(self.gateway.metrics.page, engines, are_many)
+        if self.gateway.figures:
+            page += await asyncio.to_thread(self.gateway.figures)
         return Response(page, media_type=None, headers={"content-type": CONTENT_TYPE})
 
     async def ask_all(

@@ -39,6 +39,7 @@ class Call:
     key: str = "-"
     model: str = "-"
     asked_as: str | None = None  # what the engine calls that model
+    shown_as: str | None = None  # what the reply is to call it, where the engine's name is not for clients
     status: int = 0
     first_byte_s: float | None = None
     tokens: Tokens | None = None

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,10 @@ from loraport.serve.gateway.calls import MARK, Call
 from loraport.serve.gateway.keys import Key, Ring
 from loraport.serve.gateway.limits import Limits
 from loraport.serve.gateway.metrics import Metrics
-from loraport.serve.gateway.models import resolve
 from loraport.serve.gateway.refusals import Refusal, bad_request, broken, not_ready
 from loraport.serve.gateway.settings import GatewaySettings
 from loraport.serve.gateway.state import EngineState, Model, Phase
+from loraport.serve.gateway.tuned import Loads, TunedModels, find
 from loraport.serve.gateway.upstream import Upstream, headers_to_engine, is_events, pass_on, send_whole
 from loraport.serve.gateway.usage import Usage
 
@@ -46,6 +46,9 @@ class Gateway:
     upstream: Upstream
     running: dict[Call, "asyncio.Task[None]"] = field(default_factory=dict)
     adapters: "Adapters | None" = None  # who changes them, told once there is an engine
+    tuned: TunedModels | None = None  # who knows what was fine-tuned here, where anything is
+    loads: Loads = field(default_factory=Loads)
+    figures: "Callable[[], bytes] | None" = None  # more for /metrics, in Prometheus' form
 
     def abort(self) -> None:
         """End the requests that are at the engine, each with an error in words. Call it in the event loop."""
@@ -86,8 +89,9 @@ class Forward:
             body = bodies.parse(await read_body(scope, receive, gateway.settings), gateway.settings.json_depth)
             if gateway.engine.snapshot.phase is not Phase.READY:  # its body took a while to arrive
                 raise not_ready(gateway.engine.snapshot)
-            model = resolve(gateway.engine.snapshot, key, bodies.model_name(body))
-            call.model, call.asked_as = model.id, model.asked_as
+            model, known = await find(gateway, key, bodies.model_name(body))
+            call.model, call.asked_as = known.name if known else model.id, model.asked_as
+            call.shown_as = known.name if known else None
             with gateway.metrics.in_flight.track_inprogress():
                 await beside_client(self.work(scope, call, body, model, send), call, gateway, receive, send)
 
@@ -104,6 +108,8 @@ class Forward:
             if response.status >= 400 and not is_events(response):
                 raw = await response.read()
                 await self.explain(response.status, words_of(raw), body)
+                if call.shown_as and call.asked_as:
+                    raw = raw.replace(call.asked_as.encode(), call.shown_as.encode())
                 await send_whole(response, raw, send)
             else:
                 await pass_on(response, call, send)

@@ -27,6 +27,7 @@ from loraport.clients.errors import ConfigError, LoraportError, UsageError, os_e
 from loraport.clients.home import write_json
 
 PREFIX = "lp-"
+OWNER = "this machine"  # who started the gateway; no name that a key in a file may have
 RANDOM_BYTES = 32
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -163,7 +164,7 @@ class Ring:
     def issue(self) -> str:
         """An admin key that lives as long as this gateway and is in no file of keys: for commands of its owner."""
         text = PREFIX + secrets.token_urlsafe(RANDOM_BYTES)
-        self.own = Key("this machine", digest(text), time.time(), is_admin=True)
+        self.own = Key(OWNER, digest(text), time.time(), is_admin=True)
         return text
 
     def take(self, found: list[Key]) -> None:

@@ -4,6 +4,7 @@ Labels come from bounded sets: routes of the allow-list, models and keys that ex
 passed on as it is; those of replicas become one, each figure with a label that says whose it is.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -18,6 +19,8 @@ from loraport.serve.gateway.calls import Call
 from loraport.serve.gateway.state import EngineState, Phase
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+TUNED = "fine-tuned"  # all of them: there are any number, and each is known to its owner alone
+ADAPTERS = re.compile(rb"ftjob-[\w.-]*(?:@\w+)?")
 FIRST_BYTE_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
@@ -73,7 +76,7 @@ class Metrics:
 
     def count(self, call: Call) -> None:
         """Add a request that is over."""
-        self.requests.labels(call.route, call.model, str(call.status)).inc()
+        self.requests.labels(call.route, TUNED if call.shown_as else call.model, str(call.status)).inc()
         if call.first_byte_s is not None and call.is_engine_call and call.status < 400:
             self.first_byte.labels(call.route).observe(call.first_byte_s)
         if call.broke:
@@ -85,4 +88,16 @@ class Metrics:
     def page(self, engines: Mapping[int, bytes], are_many: bool = False) -> bytes:
         """The gateway's page and those of the engines, by their numbers, as one."""
         own = bytes(generate_latest(self.registry))
-        return own + (bytes(generate_latest(Merged(engines))) if are_many else b"".join(engines.values()))
+        shown = {number: without_names(page) for number, page in engines.items()}
+        return own + (bytes(generate_latest(Merged(shown))) if are_many else b"".join(shown.values()))
+
+
+def without_names(page: bytes) -> bytes:
+    """An engine's page in which adapters of fine-tuning jobs have no names; of figures alike then, the last."""
+    if not ADAPTERS.search(page):
+        return page
+    lines: dict[bytes, bytes] = {}
+    for number, line in enumerate(page.splitlines()):
+        hidden = ADAPTERS.sub(TUNED.encode(), line)
+        lines[hidden.rpartition(b" ")[0] if hidden != line else str(number).encode()] = hidden
+    return b"\n".join(lines.values()) + b"\n"

@@ -8,7 +8,8 @@ from typing import Any
 
 from loraport.serve.gateway.state import RETRY_S, Phase, Snapshot
 
-DOWN_RETRY_S = 60  # nothing brings it back but a person
+LONG_RETRY_S = 60  # nothing brings it back but a person, or the end of a training that nobody can tell
+LONG = (Phase.DOWN, Phase.SUSPENDED)
 TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -68,7 +69,7 @@ def not_ready(engine: Snapshot) -> Refusal:
         503,
         f"engine_{engine.phase}" if engine.phase is not Phase.READY else "engine_unreachable",
         words + when,
-        headers={"Retry-After": str(left or (DOWN_RETRY_S if engine.phase is Phase.DOWN else RETRY_S))},
+        headers={"Retry-After": str(left or (LONG_RETRY_S if engine.phase in LONG else RETRY_S))},
         phase=str(engine.phase),
         expected_s=left,
     )

@@ -29,6 +29,7 @@ class Phase(StrEnum):
     VERIFYING = "verifying"
     READY = "ready"
     RESTARTING = "restarting"
+    SUSPENDED = "suspended"
     DRAINING = "draining"
     DOWN = "down"
 
@@ -36,7 +37,7 @@ class Phase(StrEnum):
 # How near to its first request an engine is: that nearest says the phase of all.
 NEAREST = (
     *(Phase.READY, Phase.DRAINING, Phase.VERIFYING, Phase.COMPILING, Phase.LOADING, Phase.STARTING),
-    *(Phase.RESTARTING, Phase.DOWN),
+    *(Phase.RESTARTING, Phase.SUSPENDED, Phase.DOWN),
 )
 RETRY_S = 5  # where nobody knows how long it takes
 
@@ -90,8 +91,8 @@ class Replica:
 
     @property
     def answers(self) -> bool:
-        """Whether it is ready, or was until all were told to stop."""
-        return self.phase is Phase.READY or (self.phase is Phase.DRAINING and self.was_ready)
+        """Whether it is ready, or was until all were told to stop, or to leave."""
+        return self.phase is Phase.READY or (self.phase in (Phase.DRAINING, Phase.SUSPENDED) and self.was_ready)
 
     def left_s(self, now: float | None = None) -> int | None:
         """Whole seconds until the phase should be over; None when nobody knows, or it should be over by now."""
@@ -162,6 +163,13 @@ def closest(name: str, known: Sequence[str]) -> str | None:
     return next(iter(get_close_matches(name, known, n=1, cutoff=0.6)), None)
 
 
+def may_follow(before: Phase, after: Phase) -> bool:
+    """Whether an engine may go from one phase to the other because somebody says so: what is stopped or away stays."""
+    if before is Phase.DRAINING or (before is Phase.DOWN and after is Phase.SUSPENDED):
+        return False
+    return before is not Phase.SUSPENDED or after in (Phase.SUSPENDED, Phase.DRAINING)
+
+
 class EngineState:
     """The changing side: one writer at a time, any number of readers."""
 
@@ -179,10 +187,16 @@ class EngineState:
     ) -> None:
         """Enter a phase, with one replica or with all; `reason` in words, `expected_s` until it should be ready.
 
-        After DRAINING nothing changes: what engines that still start have to say is of no use to anybody.
+        After DRAINING nothing changes: what engines that still start have to say is of no use to anybody. The same with
+        SUSPENDED until `resume`, except that it may be said again, with another reason, and be stopped.
         """
         with self._lock:
             self._enter(replica, phase=phase, reason=reason, expected_s=expected_s)
+
+    def resume(self, reason: str = "", expected_s: float | None = None) -> None:
+        """The engines that were suspended start again."""
+        with self._lock:
+            self._enter(None, is_over=True, phase=Phase.RESTARTING, reason=reason, expected_s=expected_s)
 
     def ready(
         self,
@@ -203,11 +217,12 @@ class EngineState:
                 self._snapshot = replace(self._snapshot, models=tuple(models))
             self._enter(replica, phase=Phase.READY, reason="", expected_s=None, target=target)
 
-    def _enter(self, replica: int | None, **fields: Any) -> None:
-        """Change one replica or all, but none that is draining."""
+    def _enter(self, replica: int | None, is_over: bool = False, **fields: Any) -> None:
+        """Change one replica or all, but none that must stay as it is. `is_over`: those that are suspended, alone."""
         replicas = list(self._snapshot.replicas)
         for number, known in enumerate(replicas):
-            if replica in (None, number) and known.phase is not Phase.DRAINING:
+            is_meant = known.phase is Phase.SUSPENDED if is_over else replica in (None, number)
+            if is_meant and (is_over or may_follow(known.phase, fields["phase"])):
                 was = known.phase is Phase.READY
                 replicas[number] = replace(known, since=time.monotonic(), was_ready=was, **fields)
         self._snapshot = replace(self._snapshot, replicas=tuple(replicas))

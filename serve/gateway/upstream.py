@@ -150,6 +150,33 @@ async def send_whole(response: aiohttp.ClientResponse, raw: bytes, send: Send) -
     await send({"type": "http.response.body", "body": raw})
 
 
+class Renamed:
+    """Calls the model in a reply as its client does. Whole lines go on at once; a piece of one waits for its end."""
+
+    def __init__(self, asked_as: str, shown_as: str) -> None:
+        self.said = re.compile(rb'(?<!\\)("model":\s*)' + re.escape(json.dumps(asked_as).encode()))
+        self.shown = json.dumps(shown_as).encode()
+        self.rest = b""
+
+    def whole(self, raw: bytes) -> bytes:
+        """A reply that is complete. A text that quotes the like has its quotes escaped, and stays."""
+        return self.said.sub(lambda found: found[1] + self.shown, raw)
+
+    def take(self, piece: bytes) -> bytes:
+        """What of the stream may go on."""
+        lines, end, self.rest = (self.rest + piece).rpartition(b"\n")
+        return self.whole(lines + end)
+
+    def end(self) -> bytes:
+        """What was waiting."""
+        return self.whole(self.rest)
+
+
+def renamed(call: Call) -> Renamed | None:
+    """For a call whose client knows the model by another name than the engine."""
+    return Renamed(call.asked_as, call.shown_as) if call.asked_as and call.shown_as else None
+
+
 class HiddenUsage:
     """Takes the usage out of a stream whose client did not ask for it: the event without choices, which some trip over.
 
@@ -167,6 +194,10 @@ class HiddenUsage:
         events = [event for event in whole.split(b"\n\n") if not NO_CHOICES.search(event)]
         return b"\n\n".join(events) + end if events else b""
 
+    def end(self) -> bytes:
+        """What was waiting."""
+        return self.rest
+
 
 async def pass_on(response: aiohttp.ClientResponse, call: Call, send: Send) -> None:
     """Send a reply to the client as it comes: headers with its first bytes, then each piece as it is received.
@@ -174,20 +205,23 @@ async def pass_on(response: aiohttp.ClientResponse, call: Call, send: Send) -> N
     A client that reads no further holds `send` up; `call.sending_since` lets others see that.
     """
     start = {"type": "http.response.start", "status": response.status, "headers": headers_to_client(response)}
-    length = response.content_length
-    if not is_events(response) and length is not None and length <= WHOLE_BYTES:
+    length, names = response.content_length, renamed(call)
+    if not is_events(response) and (names or (length is not None and length <= WHOLE_BYTES)):
         whole = await response.read()
         call.tokens = read_usage(whole[-TAIL_BYTES:])
-        await send_whole(response, whole, send)
+        await send_whole(response, names.whole(whole) if names else whole, send)
         return
     tail, started, call.is_events = b"", False, is_events(response)
     hidden = HiddenUsage() if call.hides_usage and call.is_events else None
+    filters = [each for each in (names, hidden) if each]
     async for piece in response.content.iter_any():
         if not started:
             await send(start)
             started = True
         tail = (tail + piece)[-TAIL_BYTES:]
-        shown = hidden.take(piece) if hidden else piece
+        shown = piece
+        for each in filters:
+            shown = each.take(shown)
         if shown:
             call.sending_since = time.monotonic()
             await send({"type": "http.response.body", "body": shown, "more_body": True})
@@ -195,4 +229,7 @@ async def pass_on(response: aiohttp.ClientResponse, call: Call, send: Send) -> N
     if not started:
         await send(start)
     call.tokens = read_usage(tail)
-    await send({"type": "http.response.body", "body": hidden.rest if hidden else b""})
+    last = b""
+    for each in filters:
+        last = each.take(last) + each.end()
+    await send({"type": "http.response.body", "body": last})

@@ -17,10 +17,15 @@ from loraport.serve.store.tables import Job
 
 @dataclass(frozen=True)
 class Share:
-    """What a job may use: GPUs of this machine by number (none on a CPU), and bytes of each; None: all of it."""
+    """What a job may use: GPUs of a node by number (none on a CPU), and bytes of each; None: all of it.
+
+    `node`: as the pool names it; empty where there is only this machine. Who writes the trainer's configuration says
+    `gpu_memory` in it where there are bytes, so that it stays within them.
+    """
 
     gpus: tuple[int, ...] = ()
     gpu_bytes: int | None = None
+    node: str = ""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ questions only after it has loaded the weights.
     40960
 """
 
+from dataclasses import replace
 from typing import Any
 
 from loraport.clients.errors import BaseModelError, ResourceError, UsageError
@@ -17,6 +18,8 @@ from loraport.serve.plan.on_gpu import plan_gpu
 from loraport.serve.plan.settings import Plan, Wanted
 from loraport.serve.plan.shape import Shape, read_shape
 from loraport.train.manifest import Manifest
+
+NO_SLOTS = "warning: there is no memory for LoRA slots of fine-tuned models, so that none can be served."
 
 
 def require_shape(config: dict[str, Any], file_bytes: int, where: object) -> Shape:
@@ -33,6 +36,8 @@ def require_shape(config: dict[str, Any], file_bytes: int, where: object) -> Sha
 def plan(wanted: Wanted, shape: Shape, adapters: list[Manifest], device: Device, spare_slots: int = 0) -> Plan:
     """All settings for `shape` and `adapters` on `device`, or a refusal: UsageError, ResourceError.
 
+    Slots for what will be fine-tuned are left out where they alone do not fit.
+
     `spare_slots`: LoRA slots that must stay empty (versions.spare_slots).
     """
     if wanted.context and shape.longest and wanted.context > shape.longest:
@@ -45,6 +50,17 @@ def plan(wanted: Wanted, shape: Shape, adapters: list[Manifest], device: Device,
             f"--quantization {wanted.quantization}: the model is stored in {shape.stored.method} already.",
             "leave it away, or serve the model that it was made from",
         )
+    if wanted.tuned:
+        try:
+            return choose(wanted, shape, adapters, device, spare_slots)
+        except ResourceError:
+            made = choose(replace(wanted, tuned=0), shape, adapters, device, spare_slots)
+            return replace(made, warnings=(*made.warnings, NO_SLOTS))
+    return choose(wanted, shape, adapters, device, spare_slots)
+
+
+def choose(wanted: Wanted, shape: Shape, adapters: list[Manifest], device: Device, spare_slots: int) -> Plan:
+    """The plan of that kind of device; ResourceError where it does not fit."""
     try:
         if device.kind == "cuda":
             return plan_gpu(wanted, shape, adapters, device)

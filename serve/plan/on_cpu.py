@@ -57,13 +57,14 @@ def plan_cpu(wanted: Wanted, shape: Shape, adapters: list[Manifest], device: Dev
         f"{kv_tokens / tokens:.0f} requests of full length; {gib(weights)} of weights, "
         f"{gib(device.free)} of memory free",
     )
-    described = describe_adapters(rank, slots, targets, slot_bytes, adapters, spare_slots)
+    described = describe_adapters(rank, slots, targets, slot_bytes, adapters, spare_slots, wanted.tuned)
     return Plan(
         context=tokens,
         requests=int(requests.value),
         slots=slots,
         rank=rank,
         targets=targets,
+        tuned=wanted.tuned,
         dtype=dtype.value,
         kv_bytes=kv_bytes,
         share=None,

@@ -115,7 +115,9 @@ def describe(
         share=setup.share,
         choices=(
             *(weights, context, describe_gpu(setup, device, chosen), kv_choice(wanted, chosen), requests, dtype),
-            *describe_adapters(setup.rank, setup.slots, setup.targets, chosen.memory.lora_slots, adapters, 0),
+            *describe_adapters(
+                *(setup.rank, setup.slots, setup.targets, chosen.memory.lora_slots), adapters, 0, wanted.tuned
+            ),
         ),
         warnings=(*context_warnings(chosen.context, shape), *doubts(chosen, shape, device)),
         quantization=chosen.quantization,
@@ -127,6 +129,7 @@ def describe(
         memory=chosen.memory.as_bytes(),
         chosen=chosen,
         variants=tuple(every),
+        tuned=wanted.tuned,
     )
 
 

@@ -18,6 +18,7 @@ from loraport.train.manifest import Manifest
 ASSISTANT_CONTEXT = 16_384
 CPU_REQUESTS, GPU_REQUESTS = 16, 256
 MOST_SLOTS, USUAL_RANK = 8, 16
+TUNED_SLOTS = 2  # where jobs are trained: a result beside a checkpoint of it, or beside another's
 QUANTIZATIONS, KV_DTYPES = ("auto", "none", "fp8", "bnb"), ("auto", "fp8")
 
 
@@ -26,7 +27,8 @@ class Wanted:
     """What the user asked for; None: choose. `share`: --gpu-memory-utilization, of RAM on a CPU.
 
     `concurrency`: requests of full length at once, on all replicas together; `requests`: --max-num-seqs of each.
-    `replicas` None: as many as there are GPUs for.
+    `replicas` None: as many as there are GPUs for. `tuned`: LoRA slots for what will be fine-tuned here, beside those
+    of the adapters.
     """
 
     context: int | None = None
@@ -40,6 +42,7 @@ class Wanted:
     max_lora_rank: int | None = None
     tensor_parallel: int = 1
     replicas: int | None = 1
+    tuned: int = 0
 
 
 def for_one(wanted: Wanted, replicas: int) -> Wanted:
@@ -83,6 +86,7 @@ class Plan:
     variants: tuple[Variant, ...] = ()
     targets: tuple[str, ...] = ()
     is_stored: bool = False  # the weights are quantised in their files already
+    tuned: int = 0  # slots for what will be fine-tuned here, which an engine may be started without
 
     @property
     def online_quantization(self) -> bool:
@@ -120,14 +124,17 @@ def choose_slots(wanted: Wanted, adapters: list[Manifest], spare: int) -> tuple[
     replaces (adapters/loading.py).
     """
     own = max((manifest.max_lora_rank for manifest in adapters), default=0)
+    if wanted.tuned:
+        own = max(own, wanted.max_lora_rank or USUAL_RANK)
     given = max(wanted.max_lora_rank or 0, own)
     if given > VLLM_RANKS[-1]:
         raise UsageError(f"--max-lora-rank {given} is more than vLLM takes.", f"use {VLLM_RANKS[-1]} or less")
-    if not (adapters or wanted.max_loras or wanted.max_lora_rank):
+    if not (adapters or wanted.max_loras or wanted.max_lora_rank or wanted.tuned):
         return 0, 0
     rank = next(allowed for allowed in VLLM_RANKS if allowed >= (given or USUAL_RANK))
-    slots = wanted.max_loras or min(max(len(adapters), 1), MOST_SLOTS)
-    return rank, max(slots, len(adapters)) + 1 + spare if spare else slots
+    count = len(adapters) + wanted.tuned
+    slots = wanted.max_loras or min(max(count, 1), MOST_SLOTS)
+    return rank, max(slots, count) + 1 + spare if spare else slots
 
 
 def choose_targets(wanted: Wanted, shape: Shape, adapters: list[Manifest]) -> tuple[str, ...]:
@@ -142,7 +149,7 @@ def choose_targets(wanted: Wanted, shape: Shape, adapters: list[Manifest]) -> tu
     usual = set().union(*LINEARS.values())
     if not used or shape.experts > 1 or not used <= usual:
         return ()
-    is_open = wanted.max_loras or wanted.max_lora_rank
+    is_open = wanted.max_loras or wanted.max_lora_rank or wanted.tuned
     return tuple(sorted(name for group in LINEARS.values() if is_open or group & used for name in group))
 
 
@@ -160,21 +167,25 @@ def choose_requests(wanted: Wanted, device: Device) -> Choice:
 
 
 def describe_adapters(
-    rank: int, slots: int, targets: tuple[str, ...], slot_bytes: int, adapters: list[Manifest], spare: int
+    rank: int, slots: int, targets: tuple[str, ...], slot_bytes: int, adapters: list[Manifest], spare: int, tuned: int
 ) -> list[Choice]:
     """The LoRA choice in words, and what the adapters' chat template is told, if anything."""
     if not slots:
         return [Choice("LoRA", "off", "no adapter was named")]
+    kept = f"; {tuned} of them for fine-tuned models, which --no-jobs saves" if tuned else ""
     if not adapters:
-        return [
-            Choice("LoRA", f"{slots} slot{'s' if slots > 1 else ''} of rank {rank}", f"as given; {gib(slot_bytes)}")
-        ]
+        why = (
+            f"for fine-tuned models; {gib(slot_bytes)}, which --no-jobs saves"
+            if tuned
+            else f"as given; {gib(slot_bytes)}"
+        )
+        return [Choice("LoRA", f"{slots} slot{'s' if slots > 1 else ''} of rank {rank}", why)]
     ranks = ", ".join(f"{manifest.name} rank {manifest.rank}" for manifest in adapters)
     where = f"; on {', '.join(targets)} alone" if 0 < len(targets) < sum(map(len, LINEARS.values())) else ""
     mixed = "; one is for replacing, the last stays empty, because vLLM on a CPU mixes it into the base's requests"
     empty = mixed if spare else ""
     plural = "s" if slots > 1 else ""
-    lora = Choice("LoRA", f"{slots} slot{plural} of rank {rank}", f"{ranks}; {gib(slot_bytes)}{where}{empty}")
+    lora = Choice("LoRA", f"{slots} slot{plural} of rank {rank}", f"{ranks}; {gib(slot_bytes)}{where}{kept}{empty}")
     told = [(manifest.name, describe_template(manifest.chat_template_kwargs)) for manifest in adapters]
     words = ", ".join(f"{switches} for {name}" for name, switches in told if switches)
     return [lora, Choice("chat template", words, "as in training")] if words else [lora]

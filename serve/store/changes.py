@@ -25,6 +25,7 @@ TOLD = {
     Status.CANCELLED: "fine_tuning.job.cancelled",
 }
 WORDS = {
+    Status.VALIDATING: "The job's files are to be validated.",
     Status.QUEUED: "The job is queued.",
     Status.RUNNING: "The job has started.",
     Status.PAUSED: "The job is paused; its checkpoint is kept.",

@@ -71,7 +71,10 @@ class Sequenced(Table):
 
 
 class File(Sequenced):
-    """A file, whole on disk at files/<id> in the home."""
+    """A file, whole on disk at files/<id> in the home.
+
+    A deleted one stays a while as a row of that status, which nobody is shown: a page may go on after it.
+    """
 
     __tablename__ = "files"
     id: Mapped[str] = mapped_column(String(64), unique=True, default=lambda: new_id("file-"))
@@ -81,9 +84,12 @@ class File(Sequenced):
     bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str] = mapped_column(String(64))
     rows: Mapped[int | None] = mapped_column(BigInteger)  # of a JSONL file that was counted
-    status: Mapped[str] = mapped_column(String(16), default="processed")  # uploaded, processed, error
+    status: Mapped[str] = mapped_column(String(16), default="processed")  # uploaded, processed, error, deleted
     status_details: Mapped[str | None] = mapped_column(Text)
     expires_at: Mapped[float | None] = mapped_column(Double)
+    request_sha256: Mapped[str | None] = mapped_column(String(64))  # tells a request that was sent again
+
+    __table_args__ = (Index("ix_files_request", "tenant", "request_sha256"),)
 
 
 class Upload(Sequenced):
@@ -100,6 +106,9 @@ class Upload(Sequenced):
     expires_at: Mapped[float] = mapped_column(Double)
     file_expires_s: Mapped[float | None] = mapped_column(Double)  # seconds that the file is to live, once complete
     file_id: Mapped[str | None] = mapped_column(String(64))
+    request_sha256: Mapped[str | None] = mapped_column(String(64))  # tells a request that was sent again
+
+    __table_args__ = (Index("ix_uploads_request", "tenant", "request_sha256"),)
 
 
 class Part(Sequenced):
@@ -144,6 +153,7 @@ class Job(Sequenced):
     estimated_s: Mapped[float | None] = mapped_column(Double)  # of training, as planned
 
     attempt: Mapped[int] = mapped_column(Integer, default=0)
+    faults: Mapped[int] = mapped_column(Integer, default=0)  # attempts that the machine failed, not the job
     not_before: Mapped[float] = mapped_column(Double, default=0.0)
     queued_at: Mapped[float | None] = mapped_column(Double)
     started_at: Mapped[float | None] = mapped_column(Double)
@@ -155,7 +165,8 @@ class Job(Sequenced):
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     adapter: Mapped[str | None] = mapped_column(String(96))  # `name@v1` in the home
     fine_tuned_model: Mapped[str | None] = mapped_column(String(255), index=True)
-    result_file: Mapped[str | None] = mapped_column(String(64))
+    result_file: Mapped[str | None] = mapped_column(String(64))  # metrics of each step, as CSV
+    report_file: Mapped[str | None] = mapped_column(String(64))  # of what was trained and fell short, as HTML
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON)  # code, message, param
 
     __table_args__ = (
@@ -219,7 +230,10 @@ class Lease(Sequenced):
 
 
 class Webhook(Sequenced):
-    """Where a tenant wants to be told. The secret signs (Standard Webhooks), so it is kept as it is."""
+    """Where a tenant wants to be told. The secret signs (Standard Webhooks), so it is kept as it is.
+
+    After it was changed, the old one may sign beside it until `old_secret_until`.
+    """
 
     __tablename__ = "webhooks"
     id: Mapped[str] = mapped_column(String(64), unique=True, default=lambda: new_id("we_"))
@@ -227,6 +241,10 @@ class Webhook(Sequenced):
     url: Mapped[str] = mapped_column(Text)
     secret: Mapped[str] = mapped_column(Text)
     events: Mapped[list[str]] = mapped_column(JSON)
+    name: Mapped[str | None] = mapped_column(Text)
+    updated_at: Mapped[float | None] = mapped_column(Double)
+    old_secret: Mapped[str | None] = mapped_column(Text)
+    old_secret_until: Mapped[float | None] = mapped_column(Double)
 
 
 class Delivery(Sequenced):

@@ -23,11 +23,13 @@ def upgrade() -> None:
         sa.Column("status", sa.String(length=16), nullable=False),
         sa.Column("status_details", sa.Text(), nullable=True),
         sa.Column("expires_at", sa.Double(), nullable=True),
+        sa.Column("request_sha256", sa.String(length=64), nullable=True),
         sa.Column("seq", COUNT, autoincrement=True, nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint("seq", name=op.f("pk_files")),
         sa.UniqueConstraint("id", name=op.f("uq_files_id")),
     )
+    op.create_index("ix_files_request", "files", ["tenant", "request_sha256"], unique=False)
     op.create_index(op.f("ix_files_tenant"), "files", ["tenant"], unique=False)
     op.create_table(
         "jobs",
@@ -52,6 +54,7 @@ def upgrade() -> None:
         sa.Column("may_share", sa.Boolean(), nullable=False),
         sa.Column("estimated_s", sa.Double(), nullable=True),
         sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("faults", sa.Integer(), nullable=False),
         sa.Column("not_before", sa.Double(), nullable=False),
         sa.Column("queued_at", sa.Double(), nullable=True),
         sa.Column("started_at", sa.Double(), nullable=True),
@@ -63,6 +66,7 @@ def upgrade() -> None:
         sa.Column("adapter", sa.String(length=96), nullable=True),
         sa.Column("fine_tuned_model", sa.String(length=255), nullable=True),
         sa.Column("result_file", sa.String(length=64), nullable=True),
+        sa.Column("report_file", sa.String(length=64), nullable=True),
         sa.Column("error", sa.JSON(), nullable=True),
         sa.Column("seq", COUNT, autoincrement=True, nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
@@ -109,11 +113,13 @@ def upgrade() -> None:
         sa.Column("expires_at", sa.Double(), nullable=False),
         sa.Column("file_expires_s", sa.Double(), nullable=True),
         sa.Column("file_id", sa.String(length=64), nullable=True),
+        sa.Column("request_sha256", sa.String(length=64), nullable=True),
         sa.Column("seq", COUNT, autoincrement=True, nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint("seq", name=op.f("pk_uploads")),
         sa.UniqueConstraint("id", name=op.f("uq_uploads_id")),
     )
+    op.create_index("ix_uploads_request", "uploads", ["tenant", "request_sha256"], unique=False)
     op.create_index(op.f("ix_uploads_tenant"), "uploads", ["tenant"], unique=False)
     op.create_table(
         "webhooks",
@@ -122,6 +128,10 @@ def upgrade() -> None:
         sa.Column("url", sa.Text(), nullable=False),
         sa.Column("secret", sa.Text(), nullable=False),
         sa.Column("events", sa.JSON(), nullable=False),
+        sa.Column("name", sa.Text(), nullable=True),
+        sa.Column("updated_at", sa.Double(), nullable=True),
+        sa.Column("old_secret", sa.Text(), nullable=True),
+        sa.Column("old_secret_until", sa.Double(), nullable=True),
         sa.Column("seq", COUNT, autoincrement=True, nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint("seq", name=op.f("pk_webhooks")),

@@ -1,0 +1,381 @@
+"""All of fine-tuning that lives in a server: store, routes, queue, hand-over, webhooks; started and stopped here.
+
+What takes its time (imports, the database) happens in a thread beside the checks and the start of the engine, so that
+an endpoint is ready as fast as without jobs. Its routes answer from the first second: 503 until the queue is there,
+and where another server has the queue of this home, its URL. Then this one waits for its turn.
+
+    begin    a lock, the database, the routes                 beside the checks
+    attach   the queue, models, webhooks                      beside the engine's start; before it where it matters
+    stop     trainers keep a checkpoint and end               their jobs go on at the next start
+
+    >>> host = Host(options, home, port=8000, url="http://127.0.0.1:8000/v1")
+    >>> app = create_app(state, settings, more=[host.mount])
+    >>> host.begin(app); host.attach(fleet, live, launch); …; host.stop()
+"""
+
+import fcntl
+import json
+import os
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from loraport.clients.errors import ConfigError, LoraportError, ResourceError
+from loraport.clients.home import Home
+from loraport.clients.terminal import say
+from loraport.serve.gateway.access import authenticate
+from loraport.serve.gateway.calls import MARK
+from loraport.serve.gateway.forward import Gateway
+from loraport.serve.gateway.refusals import Refusal
+from loraport.serve.jobs.options import Options
+from loraport.serve.plan.hardware import count_replicas, split_gpus
+from loraport.serve.plan.settings import Wanted
+from loraport.serve.signals import ignored_signals
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+    from loraport.serve.adapters.live import Live
+    from loraport.serve.engine.process import Launch
+    from loraport.serve.finetuning.service import Service
+    from loraport.serve.fleet import Fleet
+    from loraport.serve.jobs.service import Queue
+    from loraport.serve.jobs.site import Site
+    from loraport.serve.jobs.webhooks import Webhooks
+    from loraport.serve.store.store import Store
+
+LOCK = "jobs.lock"
+QUEUE_LOCK = 0x71756575  # the advisory lock of who has the queue of a PostgreSQL
+PREFIXES = ("/v1/files", "/v1/uploads", "/v1/fine_tuning", "/v1/webhook_endpoints", "/v1/webhook_event_types")
+AGAIN_S = 5.0
+LEAVE_S = 60.0  # that a trainer may take to keep its checkpoint
+STARTING = "Fine-tuning is starting."
+
+
+class Host:
+    """One server's part in fine-tuning. Threads of the gateway and of the caller see `service` or `why_not`."""
+
+    def __init__(self, options: Options, home: Home, port: int, url: str) -> None:
+        self.options, self.home, self.port, self.url = options, home, port, url
+        self.service: Service | None = None
+        self.why_not = Refusal(503, "jobs_starting", STARTING, headers={"Retry-After": "2"})
+        self.error: LoraportError | None = None
+        self.thread = threading.Thread(target=self.run, name="fine-tuning", daemon=True)
+        self.looked, self.attached, self.settled = threading.Event(), threading.Event(), threading.Event()
+        self.tried, self.has_queue = threading.Event(), False
+        self.over = threading.Event()
+        self.gateway: Gateway | None = None
+        self.app: FastAPI | None = None
+        self.engines: tuple[Fleet, Live, Launch] | None = None
+        self.held: list[int] = []  # descriptors of locks
+        self.database_lock: Connection | None = None
+        self.store: Store | None = None
+        self.queue: Queue | None = None
+        self.webhooks: Webhooks | None = None
+
+    # For `loraport serve`.
+
+    def mount(self, gateway: Gateway) -> APIRouter:
+        """Routes that answer until those of the API are there."""
+        self.gateway = gateway
+        router = APIRouter()
+        for prefix in PREFIXES:
+            methods = ["GET", "POST", "DELETE"]
+            router.routes.append(Route(f"{prefix}{{rest:path}}", self.answer_why_not, methods=methods))
+        return router
+
+    def begin(self, app: FastAPI) -> None:
+        """Take the queue of this home, beside what the caller does now."""
+        self.app = app
+        self.thread.start()
+
+    def clear(self, wanted: Wanted) -> None:
+        """Have the trainers of a server that was killed leave the GPUs that an engine is planned for now.
+
+        They keep a checkpoint, and their jobs go on later. Call it before the plan, which counts what is free.
+        """
+        self.tried.wait()
+        if not self.has_queue or not any((self.home.root / "jobs").glob("*/process.json")):
+            return
+        from loraport.serve.jobs.local import LocalRunner
+
+        gpus = [name for names in split_gpus(count_replicas(wanted), wanted.tensor_parallel) for name in names]
+        if stopped := LocalRunner(self.home).leave(gpus, LEAVE_S):
+            say(f"{len(stopped)} trainings of before keep a checkpoint and wait, until the engine is there.", "yellow")
+
+    def attach(self, fleet: "Fleet", live: "Live", launch: "Launch") -> None:
+        """Go on with the engines, which are not started yet; waits where a training may have their GPUs.
+
+        ConfigError for a database that cannot be one.
+        """
+        self.engines = fleet, live, launch
+        self.attached.set()
+        self.looked.wait()
+        if launch.device.kind == "cuda" or self.options.policy in ("yield", "wait"):
+            self.settled.wait()
+        if self.error:
+            raise self.error
+
+    def stop(self) -> None:
+        """Have trainers keep a checkpoint and end, and give the queue back. Twice is fine."""
+        self.over.set()
+        self.attached.set()
+        self.why_not = Refusal(503, "jobs_stopping", "The endpoint is being stopped.", headers={"Retry-After": "30"})
+        self.service = None
+        if self.thread.ident is not None:
+            self.thread.join()
+        if self.queue:
+            self.say_what_stops()
+            self.queue.close()
+        if self.webhooks:
+            self.webhooks.stop()
+        if self.database_lock:
+            with suppress(Exception):  # it may be gone
+                self.database_lock.close()
+        if self.store:
+            self.store.close()
+        for descriptor in self.held:
+            os.close(descriptor)
+        self.queue, self.webhooks, self.store, self.database_lock, self.held = None, None, None, None, []
+
+    def describe(self) -> str:
+        """What a person is told when the endpoint is ready."""
+        words = f"policy {self.options.policy}"
+        words += f" in {self.options.window}" if self.options.window else ""
+        if self.service is None and self.thread.is_alive() and self.why_not.code != "jobs_starting":
+            return self.why_not.message
+        return f"POST {self.url}/fine_tuning/jobs  ({words})"
+
+    # What these are made of.
+
+    async def answer_why_not(self, request: Request) -> Response:
+        """No service yet, in words; to who may ask."""
+        assert self.gateway is not None
+        call = request.scope[MARK]
+        call.route = "/v1/fine_tuning"
+        call.key = authenticate(request.scope, self.gateway.ring, self.gateway.settings).name
+        raise self.why_not
+
+    def find(self) -> "Service":
+        """The service, for the routes of the API; Refusal 503 where there is none now."""
+        if self.service is None:
+            raise self.why_not
+        return self.service
+
+    def run(self) -> None:
+        """The thread: lock, store, routes, and as soon as there are engines the rest."""
+        try:
+            self.has_queue = self.take_lock()
+            self.tried.set()
+            if self.has_queue and self.open() and self.lock_database():
+                self.show_routes()
+                self.looked.set()
+                self.attached.wait()
+                if not self.over.is_set():
+                    self.start()
+        except ConfigError as error:
+            self.error = error
+        except LoraportError as error:
+            self.give_up(error.message)
+        except Exception as bug:
+            say(f"error: fine-tuning has a bug: {''.join(traceback.format_exception(bug))}", "red")
+            self.give_up(f"{type(bug).__name__}: {bug}")
+        finally:
+            self.tried.set()
+            self.looked.set()
+            self.settled.set()
+
+    def give_up(self, reason: str) -> None:
+        """Serve without jobs."""
+        say(f"warning: this endpoint takes no fine-tuning jobs: {reason}", "yellow")
+        words = "Fine-tuning could not be started at this endpoint; its log says why."
+        self.why_not = Refusal(503, "jobs_down", words, headers={"x-should-retry": "false"})
+
+    def again(self, why: Refusal) -> bool:
+        """Wait a moment with that answer; False when the server ends meanwhile."""
+        self.why_not = why
+        self.tried.set()
+        self.looked.set()
+        self.settled.set()
+        return not self.over.wait(AGAIN_S)
+
+    def take_lock(self) -> bool:
+        """Have the queue of this home, when nobody else has it; False when the server ends before."""
+        path = self.home.ensure(self.home.root) / LOCK
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        self.held.append(descriptor)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                where = other_url(path)
+                words = f"The jobs of this home are taken at {where}." if where else "Another server has the jobs."
+                if not self.again(Refusal(503, "jobs_elsewhere", words, headers={"x-should-retry": "false"})):
+                    return False
+            else:
+                os.truncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps({"url": self.url, "pid": os.getpid()}).encode(), 0)
+                return True
+
+    def open(self) -> bool:
+        """Open the store, when it can be; False when the server ends before. ConfigError where it cannot be one."""
+        from loraport.serve.store.store import open_store
+
+        while self.store is None:
+            try:
+                self.store = open_store(self.home, self.options.database)
+            except ResourceError as error:
+                if self.why_not.code != "jobs_store":
+                    say(f"warning: fine-tuning waits: {error.message} {error.hint}", "yellow")
+                words = "The database of jobs cannot be reached now."
+                if not self.again(Refusal(503, "jobs_store", words, headers={"Retry-After": "10"})):
+                    return False
+        return True
+
+    def lock_database(self) -> bool:
+        """Have the queue of a PostgreSQL, which other homes may use too; False when the server ends before."""
+        from sqlalchemy import text
+
+        from loraport.serve.store.store import database_errors
+
+        assert self.store is not None
+        if self.store.url.drivername == "sqlite":
+            return True
+        while True:
+            with database_errors(self.store.url):
+                connection = self.store.engine.connect()
+                connection.detach()  # it is kept for as long as this server lives, and is none of the pool's
+                self.database_lock = connection
+                if connection.execute(text(f"SELECT pg_try_advisory_lock({QUEUE_LOCK})")).scalar_one():
+                    connection.commit()
+                    return True
+                connection.close()
+            words = "Another server has the jobs of this database."
+            if not self.again(Refusal(503, "jobs_elsewhere", words, headers={"x-should-retry": "false"})):
+                return False
+
+    def show_routes(self) -> None:
+        """The API's routes in front of all others; they too answer why not until there is a service."""
+        from loraport.serve.finetuning.api import routes
+
+        assert self.app is not None and self.gateway is not None
+        before = list(self.app.router.routes)
+        self.app.include_router(routes(self.gateway, self.find))
+        added = self.app.router.routes[len(before) :]
+        self.app.router.routes = [*added, *before]  # in one step: requests are being answered
+
+    def start(self) -> None:
+        """Everything that needs the engines' names and slots."""
+        from loraport.serve.finetuning.service import Service
+        from loraport.serve.finetuning.sweep import begin, sweep
+        from loraport.serve.jobs.handover import Models
+        from loraport.serve.jobs.policy import Policy, Window
+        from loraport.serve.jobs.service import Queue, smallest_gpu
+        from loraport.serve.jobs.settings import QueueSettings
+        from loraport.serve.jobs.validate import Validator
+        from loraport.serve.jobs.watching import page
+        from loraport.serve.jobs.webhooks import Webhooks
+
+        assert self.engines is not None and self.store is not None and self.gateway is not None
+        (fleet, live, launch), store, gateway = self.engines, self.store, self.gateway
+        site = self.find_site(fleet, live)
+        if site is None:
+            return
+        models = Models(store, self.home, live)
+        chores: list[Any] = [models.bury_left, *site.chores]
+        settings = QueueSettings(price_per_gpu_hour=self.options.gpu_price)
+        pool, base = site.pool, launch.base.folder
+        self.queue = Queue(
+            store,
+            self.home,
+            runner=site.runner,
+            pool=pool,
+            serving=site.serving,
+            hand_over=models,
+            base=base,
+            validator=Validator(
+                store, self.home, base, settings, smallest_gpu(pool), servable=models.holds, most_rank=models.most_rank
+            ),
+            settings=settings,
+            policy=Policy(self.options.policy),
+            window=Window.parse(self.options.window) if self.options.window else None,
+            port=self.port,
+            chores=chores,
+        )
+        self.webhooks = Webhooks(store, self.options.private_webhooks)
+        first, *others = launch.base_names
+        service = Service(
+            self.home,
+            store,
+            self.queue,
+            bases=lambda: [*others, first],
+            gpus=site.most_gpus,
+            test_webhook=self.webhooks.test,
+            servable=models.servable,
+            private_webhooks=self.options.private_webhooks,
+            gpu_price=self.options.gpu_price,
+        )
+        chores.append(lambda: sweep(service))
+        begin(service)
+        gateway.tuned = models
+        gateway.figures = page(store, self.options.gpu_price)
+        self.queue.start()
+        self.webhooks.start()
+        self.service = service
+
+    def find_site(self, fleet: "Fleet", live: "Live") -> "Site | None":
+        """Where jobs train; waits for a cluster that cannot be asked. None when the server ends before."""
+        from loraport.serve.jobs.site import here, on_cluster
+
+        gateway = self.gateway
+        assert gateway is not None
+        while self.options.ray:
+            try:
+                return on_cluster(self.options.ray, self.home)
+            except ResourceError as error:
+                if self.why_not.code != "jobs_cluster":
+                    say(f"warning: fine-tuning waits: {error.message} {error.hint}", "yellow")
+                words = "The cluster that trains cannot be reached now."
+                if not self.again(Refusal(503, "jobs_cluster", words, headers={"Retry-After": "10"})):
+                    return None
+        return here(self.home, fleet, live.engine, lambda: len(gateway.running))
+
+    def say_what_stops(self) -> None:
+        """Where trainers run, that they are waited for."""
+        from sqlalchemy import func, select
+
+        from loraport.serve.store.tables import Job, Status
+
+        assert self.store is not None
+        with suppress(LoraportError), self.store.read() as session:
+            count = session.scalar(select(func.count()).where(Job.status == Status.RUNNING)) or 0
+            if count:
+                jobs = "a fine-tuning job keeps a checkpoint" if count == 1 else f"{count} jobs keep their checkpoints"
+                say(f"{jobs}; at the next start training goes on from there.")
+
+
+@contextmanager
+def hosting(options: Options | None, home: Home, port: int, url: str) -> Iterator[Host | None]:
+    """What fine-tunes at this endpoint, stopped at the end at the latest; None without options."""
+    host = Host(options, home, port, url) if options else None
+    try:
+        yield host
+    finally:
+        if host:
+            with ignored_signals():
+                host.stop()
+
+
+def other_url(path: Path) -> str | None:
+    """Where the server is that has the queue."""
+    with suppress(OSError, ValueError, AttributeError):
+        return str(json.loads(path.read_text(encoding="utf-8"))["url"])
+    return None

@@ -1,0 +1,134 @@
+"""Where a job trains, and what the engine does for it: the pool's leases, the policy and the engine, for the queue.
+
+A job gets its GPUs in the transaction that makes it run. Where the engine has to leave for it, the trainer starts when
+the engine has left; it comes back when no job has its GPUs any more. While a result waits to be handed over, no job
+makes the engine leave: the result would not be served for as long as that job takes.
+
+    >>> with store.begin() as session:
+    ...     free = placer.look(session)
+    ...     taken = placer.take(session, job_id, needs)     # GPUs that nobody had, None: the job waits
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sqlalchemy.orm import Session
+
+from loraport.clients.errors import LoraportError
+from loraport.clients.terminal import say
+from loraport.serve.jobs.policy import Needs, Policy, Run, Window, Yield, decide
+from loraport.serve.jobs.pool import Pool, Room, engine_holder
+from loraport.serve.jobs.seams import Serving, Share
+from loraport.serve.store.store import Store
+
+AGAIN_S = 30.0  # after an engine could not come back
+
+
+@dataclass(frozen=True)
+class Free:
+    """GPUs in all, and those that no job has."""
+
+    gpus: int
+    free: int
+
+
+class Placer:
+    """The pool and the engine behind one port. `look`, then `take`, are of one transaction and one thread."""
+
+    def __init__(
+        self,
+        store: Store,
+        pool: Pool,
+        serving: Serving,
+        policy: Policy = Policy.AUTO,
+        window: Window | None = None,
+        port: int = 0,
+    ) -> None:
+        self.store, self.pool, self.serving = store, pool, serving
+        self.policy, self.window, self.port = policy, window, port
+        self.rooms: list[Room] = []
+        self.lock = threading.Lock()  # of who suspends or resumes
+        self.is_away = False
+        self.results = 0  # to be handed over
+        self.counting = threading.Lock()
+        self.returning: threading.Thread | None = None
+        self.not_before = 0.0
+
+    def look(self, session: Session) -> Free:
+        """See what is free now; `take` goes by it."""
+        self.rooms = self.pool.free(session)
+        return Free(len(self.rooms), sum(not room.jobs for room in self.rooms))
+
+    def take(self, session: Session, job_id: str, needs: Needs, now: float) -> int | None:
+        """Lease what a job needs: how many GPUs it has that no job had. None: it waits."""
+        decision = decide(needs, self.rooms, self.serving.gpus, self.policy, self.window, now)
+        if isinstance(decision, Yield) and self.results:
+            return None
+        if not isinstance(decision, (Run, Yield)):
+            return None
+        if isinstance(decision, Yield):
+            self.pool.give_back(session, engine_holder(self.port))
+        if not self.pool.take(session, job_id, decision.share):
+            return None
+        before = sum(not room.jobs for room in self.rooms)
+        self.rooms = self.pool.free(session)
+        return before - sum(not room.jobs for room in self.rooms)
+
+    def share_of(self, job_id: str) -> Share | None:
+        """What a job has leased."""
+        with self.store.read() as session:
+            return self.pool.share_of(session, job_id)
+
+    def make_room(self, expected_s: float | None) -> None:
+        """Have the engine leave, where jobs have its GPUs; returns when it has. LoraportError where it cannot."""
+        with self.lock:
+            if self.is_away or self.may_be_here():
+                return
+            self.is_away = True
+            self.serving.suspend("a fine-tuning job trains", expected_s)
+
+    def adopt(self) -> None:
+        """At the start of a server: the engine stays away where a job that survived has its GPUs."""
+        if not self.may_be_here():
+            self.make_room(None)
+
+    def may_be_here(self) -> bool:
+        """Whether the engine can have its GPUs; they are leased to it then."""
+        with self.store.begin() as session:
+            rooms = self.pool.free(session)
+            if any(room.is_cpu for room in rooms):
+                return self.policy in (Policy.AUTO, Policy.COEXIST) or not any(room.jobs for room in rooms)
+            return self.pool.seat(session, self.port, self.serving.gpus)
+
+    def is_out_of_window(self, share: Share, now: float) -> bool:
+        """Whether a job that the engine left for has to leave now, because its window is over."""
+        if self.policy is not Policy.WAIT or self.window is None or self.window.holds(now):
+            return False
+        return self.is_away and (not share.gpus or any(gpu in self.serving.gpus for gpu in share.gpus))
+
+    def tend(self, when_back: Callable[[], None]) -> None:
+        """Bring the engine back, if it is away and no job has its GPUs: in a thread, which calls `when_back`."""
+        if not self.is_away or time.monotonic() < self.not_before:
+            return
+        if (self.returning and self.returning.is_alive()) or not self.may_be_here():
+            return
+        self.returning = threading.Thread(target=self.bring_back, args=(when_back,), name="engine-back", daemon=True)
+        self.returning.start()
+
+    def bring_back(self, when_back: Callable[[], None]) -> None:
+        """Resume the engine; what hinders it is said, and tried again."""
+        with self.lock:
+            try:
+                self.serving.resume()
+                self.is_away = False
+            except LoraportError as error:
+                self.not_before = time.monotonic() + AGAIN_S
+                say(f"warning: the engine is not back yet: {error.message}", "yellow")
+        when_back()
+
+    def add_results(self, count: int) -> None:
+        """So many results more wait to be handed over, or fewer."""
+        with self.counting:
+            self.results += count

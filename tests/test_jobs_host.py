@@ -1,0 +1,169 @@
+"""Fine-tuning in `loraport serve`: who has the queue of a home, and what is answered meanwhile; on the fake engine."""
+
+import contextlib
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from loraport.clients.errors import ResourceError, UsageError
+from loraport.clients.hardware import Device
+from loraport.clients.home import Home
+from loraport.serve.checks import open_adapters
+from loraport.serve.jobs.options import Options
+from loraport.serve.plan.choose import NO_SLOTS, plan
+from loraport.serve.plan.settings import Plan, Wanted, choose_slots
+from loraport.serve.plan.shape import read_shape
+from loraport.serve.serve import Request, prepare
+from loraport.serve.store.store import open_store
+from loraport.serve.store.tables import Job, Status
+from loraport.serve.supervise import without_slots
+from loraport.train.base_model import Base
+from tests.conftest import ROOT
+from tests.finetuning import send
+from tests.postgres import Postgres
+from tests.serving import FAKE, Serving, serving, wait_until
+from tests.test_adapters_accept import base
+from tests.test_adapters_live import write_version
+
+__all__ = ["base"]  # a fixture
+FILES = "/v1/files"
+
+
+def get(running: Serving, path: str = FILES) -> httpx.Response:
+    """A question to an endpoint."""
+    return httpx.get(f"http://127.0.0.1:{running.port}{path}", trust_env=False)
+
+
+def code_of(running: Serving) -> str | None:
+    """The code of what it refuses; None where it does not."""
+    answer = get(running)
+    return None if answer.status_code == 200 else str(answer.json()["error"]["code"])
+
+
+def test_one_server_of_a_home_has_the_jobs_and_the_next_takes_them_over(home: Home, tiny_base: Path) -> None:
+    given = ("--model", str(tiny_base), "--engine-command", FAKE)
+    with serving(home, *given) as first:
+        assert first.ready()["plan"]["LoRA"]["value"].endswith("of rank 16")
+        wait_until(lambda: "tuning    POST http://127.0.0.1" in first.text, "what a person is told")
+        wait_until(lambda: code_of(first) is None, "the routes")
+        assert 'loraport_jobs{status="queued"} 0.0' in get(first, "/metrics").text
+        assert get(first, "/v1/fine_tuning/jobs").json()["data"] == []
+        with serving(home, *given) as second:
+            second.ready()
+            wait_until(lambda: code_of(second) == "jobs_elsewhere", "the lock of the first")
+            assert f"http://127.0.0.1:{first.port}/v1" in get(second).json()["error"]["message"]
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{first.port}/v1", api_key="x")
+            file = send(client)
+            first.process.send_signal(signal.SIGTERM)
+            assert first.end() == 0
+            wait_until(lambda: code_of(second) is None, "the turn of the second")
+            assert [each["id"] for each in get(second).json()["data"]] == [file.id]
+
+
+def test_without_jobs_there_are_no_routes_and_no_slots(home: Home, tiny_base: Path) -> None:
+    with serving(home, "--model", str(tiny_base), "--engine-command", FAKE, "--no-jobs") as running:
+        assert running.ready()["plan"]["LoRA"]["value"] == "off"
+        assert get(running).status_code == 404 and "tuning " not in running.text
+        assert not (home.root / "jobs.sqlite").exists()
+
+
+def test_a_database_that_is_away_keeps_nobody_from_chatting(
+    home: Home, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAPORT_JOBS_DATABASE", "postgresql://me:secret@127.0.0.1:1/jobs")
+    with serving(home, "--model", str(tiny_base), "--engine-command", FAKE) as running:
+        running.ready()
+        answer = get(running)
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "jobs_store"
+        asked: Any = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+        url = f"http://127.0.0.1:{running.port}/v1/chat/completions"
+        assert httpx.post(url, json=asked, trust_env=False).status_code == 200
+        assert "warning: fine-tuning waits" in running.text and "secret" not in running.text
+
+
+def test_one_server_of_a_postgresql_has_the_jobs(
+    home: Home, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, postgres: Postgres, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LORAPORT_JOBS_DATABASE", postgres.fresh())
+    given = ("--model", str(tiny_base), "--engine-command", FAKE)
+    with serving(home, *given) as first:
+        first.ready()
+        wait_until(lambda: code_of(first) is None, "the routes")
+        with serving(Home(tmp_path / "other"), *given) as second:
+            second.ready()
+            wait_until(lambda: code_of(second) == "jobs_elsewhere", "the lock of the first")
+            assert "of this database" in get(second).json()["error"]["message"]
+    assert not (home.root / "jobs.sqlite").exists()
+
+
+def test_a_database_that_cannot_be_is_said_before_the_engine_starts(
+    home: Home, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAPORT_JOBS_DATABASE", "mysql://box/jobs")
+    running = Serving(home, "--model", str(tiny_base), "--engine-command", FAKE)
+    assert running.end() == 2 and "jobs cannot be kept in mysql" in running.text
+
+
+def test_a_result_of_an_earlier_server_is_listed_by_the_next(home: Home, tiny_base: Path) -> None:
+    store = open_store(home)
+    with store.begin() as session:
+        job = Job(tenant="-", model="base", training_file="file-1", seed=1, method={}, request_sha256="")
+        job.status, job.fine_tuned_model, job.adapter = Status.SUCCEEDED, "ft:base:loraport::1", f"{job.id}@v1"
+        session.add(job)
+    store.close()
+    (home.root / "serving").mkdir()
+    with serving(home, "--model", str(tiny_base), "--engine-command", FAKE) as running:
+        running.ready()
+        assert "ft:base:loraport::1" in [card["id"] for card in get(running, "/v1/models").json()["data"]]
+    assert (home.root / "jobs.lock").exists()
+
+
+def test_slots_are_kept_for_what_will_be_trained(home: Home, tiny_base: Path) -> None:
+    request = Request([], str(tiny_base), "127.0.0.1", 1, Wanted(), FAKE, [], json=False, drain_s=0, jobs=Options())
+    launch = prepare(request, home)
+    assert (launch.plan.tuned, launch.plan.rank) == (2, 16)
+    lora = next(choice for choice in launch.plan.choices if choice.name == "LoRA")
+    assert "for fine-tuned models" in lora.reason and "--no-jobs" in lora.reason
+    refused = without_slots(launch, ["ValueError: FooForCausalLM does not support LoRA yet."])
+    assert refused and (refused.plan.slots, refused.plan.tuned) == (0, 0)
+    assert without_slots(launch, ["ValueError: something else"]) is None
+    assert without_slots(replace(launch, plan=replace(launch.plan, tuned=0)), ["does not support LoRA"]) is None
+
+
+def test_how_many_slots_and_of_which_rank() -> None:
+    assert choose_slots(Wanted(tuned=2), [], 0) == (16, 2)
+    assert choose_slots(Wanted(tuned=2), [], 1) == (16, 4)  # one to replace, one that stays empty
+    assert choose_slots(Wanted(tuned=2, max_lora_rank=8), [], 0) == (8, 2)
+    assert choose_slots(Wanted(tuned=2, max_lora_rank=64, max_loras=4), [], 0) == (64, 4)
+    assert choose_slots(Wanted(), [], 0) == (0, 0)
+
+
+def test_slots_that_do_not_fit_are_left_out() -> None:
+    config = json.loads((ROOT / "examples/reader-9m/config.json").read_text())
+    shape = read_shape(config, 18 << 20)
+    assert shape
+
+    def made(free: int, tuned: int) -> Plan | None:
+        with contextlib.suppress(ResourceError):
+            return plan(Wanted(tuned=tuned, context=8192), shape, [], Device("cpu", "CPU", free, free, 2))
+        return None
+
+    least = next(free for free in range(2 << 30, 4 << 30, 1 << 20) if made(free, 0))
+    without = made(least, 2)
+    assert without and without.slots == 0 and NO_SLOTS in without.warnings
+    plenty = made(least + (1 << 30), 2)
+    assert plenty and plenty.slots == 2 and NO_SLOTS not in plenty.warnings
+
+
+def test_what_a_job_has_trained_is_served_by_no_other_name(home: Home, base: Base) -> None:
+    write_version(home, base, "v1", "ftjob-1")
+    with pytest.raises(UsageError, match="clients know it by its `ft:` name alone"):
+        open_adapters(home, ["ftjob-1"], (0, 32))
+    [named] = open_adapters(home, [f"mine={home.adapters}/ftjob-1/v1"], (0, 32))
+    assert named.manifest.name == "mine"
