@@ -310,6 +310,8 @@ def test_a_tenant_has_so_many_jobs_at_once(home: Home) -> None:
         error = refused(lambda: client.fine_tuning.jobs.create(model="base", training_file=rows))
         assert isinstance(error, openai.RateLimitError) and error.code == "insufficient_quota"
         assert sorted(path.name for path in (home.root / "jobs").iterdir()) == sorted(made)
+        client.fine_tuning.jobs.pause(made[1])  # it still holds its rows
+        assert refused(lambda: client.fine_tuning.jobs.create(model="base", training_file=rows)).status_code == 429
         client.fine_tuning.jobs.cancel(made[0])
         client.fine_tuning.jobs.create(model="base", training_file=rows)
         with api.service.store.read() as session:

@@ -15,6 +15,8 @@ from loraport.clients.errors import ResourceError, UsageError
 from loraport.clients.hardware import Device
 from loraport.clients.home import Home
 from loraport.serve.checks import open_adapters
+from loraport.serve.gateway.refusals import Refusal
+from loraport.serve.jobs.host import Host
 from loraport.serve.jobs.options import Options
 from loraport.serve.plan.choose import NO_SLOTS, plan
 from loraport.serve.plan.settings import Plan, Wanted, choose_slots
@@ -71,6 +73,15 @@ def test_without_jobs_there_are_no_routes_and_no_slots(home: Home, tiny_base: Pa
         assert running.ready()["plan"]["LoRA"]["value"] == "off"
         assert get(running).status_code == 404 and "tuning " not in running.text
         assert not (home.root / "jobs.sqlite").exists()
+
+
+def test_a_refusal_that_lasts_keeps_nothing_of_the_requests(home: Home) -> None:
+    host, depths = Host(Options.of(), home, 8000, "http://127.0.0.1:8000/v1"), []
+    for _ in range(3):
+        with pytest.raises(Refusal) as caught:
+            host.find()
+        depths.append(len(caught.traceback))
+    assert caught.value.code == "jobs_starting" and depths[0] == depths[-1]
 
 
 def test_a_database_that_is_away_keeps_nobody_from_chatting(

@@ -134,7 +134,8 @@ def test_what_is_over_leaves_nothing_behind(home: Home) -> None:
             (home.root / "runs" / name).mkdir(parents=True)
         keeper = Housekeeping(queue.parts, queue.durable, [lambda: 1 / 0, lambda: done.append("chore")])
         keeper.clean_up()
-        assert holders(queue) == [] and [path.name for path in (home.root / "runs").iterdir()] == [alive]
+        kept = {path.name for path in (home.root / "runs").iterdir()}
+        assert holders(queue) == [] and kept == {alive, "ftjob-unknown"}  # which may be another database's
         assert done == ["chore"]
         wait_for(lambda: is_forgotten(queue))
         with queue.parts.store.begin() as session:

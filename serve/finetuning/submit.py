@@ -27,7 +27,7 @@ from loraport.serve.jobs.recipe import TRAINING, VALIDATION, job_folder, run_con
 from loraport.serve.store.changes import tell
 from loraport.serve.store.tables import WAITING, Checkpoint, File, Job, Permission, Status, new_id
 
-BUSY = (*WAITING, Status.RUNNING)
+BUSY = (*WAITING, Status.RUNNING, Status.PAUSED)  # what is not over holds its rows
 
 
 def submit(service: Service, caller: Caller, body: NewJob, raw: bytes) -> Job:

@@ -38,7 +38,11 @@ class Refusal(Exception):
     ) -> None:
         super().__init__(code)
         self.status, self.code, self.message = status, code, message
-        self.param, self.headers, self.more = param, headers or {}, more
+        self.param, self.headers, self.more = param, dict(headers or {}), more
+
+    def again(self) -> "Refusal":
+        """The same once more: an exception that is raised twice keeps what both requests held."""
+        return Refusal(self.status, self.code, self.message, param=self.param, headers=self.headers, **self.more)
 
     def document(self, is_anthropic: bool = False) -> dict[str, Any]:
         """The body, as JSON types."""

@@ -47,7 +47,7 @@ class Attempts:
     def begin(self, job_id: str, attempt: int) -> dict[str, Any] | None:
         """Start the trainer; the error where that cannot be."""
         job = self.parts.patient(lambda: load_job(self.parts.store, job_id))
-        if not is_of(job, attempt) or job.wanted:
+        if not is_of(job, attempt) or job.wanted or job.adapter:  # what has trained already is handed over
             return None
         share = self.parts.patient(lambda: self.parts.placer.share_of(job_id))
         if share is None:

@@ -162,12 +162,12 @@ class Host:
         call = request.scope[MARK]
         call.route = "/v1/fine_tuning"
         call.key = authenticate(request.scope, self.gateway.ring, self.gateway.settings).name
-        raise self.why_not
+        raise self.why_not.again()
 
     def find(self) -> "Service":
         """The service, for the routes of the API; Refusal 503 where there is none now."""
         if self.service is None:
-            raise self.why_not
+            raise self.why_not.again()
         return self.service
 
     def run(self) -> None:

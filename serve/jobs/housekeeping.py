@@ -18,7 +18,7 @@ from loraport.clients.terminal import say
 from loraport.serve.jobs.durable import Durable
 from loraport.serve.jobs.finishing import tidy
 from loraport.serve.jobs.parts import Parts
-from loraport.serve.jobs.pool import ENGINE
+from loraport.serve.jobs.pool import ENGINE, lock_leases
 from loraport.serve.store.tables import ENDED, Job, Status
 
 EVERY_S = 60.0
@@ -57,17 +57,21 @@ class Housekeeping:
     def sweep_leases(self) -> None:
         """End leases of jobs that do not run."""
         with self.parts.store.begin() as session:
+            lock_leases(session)  # a job that is admitted meanwhile has its lease before it is seen to run
             running = set(session.scalars(select(Job.id).where(Job.status == Status.RUNNING)))
             self.parts.placer.pool.sweep(session, lambda holder: holder.startswith(ENGINE) or holder in running)
 
     def sweep_runs(self) -> None:
-        """Remove checkpoints of jobs that are over: who cancels one that waits does not."""
+        """Remove checkpoints of jobs that are over: who cancels one that waits does not.
+
+        Those of a job that nobody here knows stay: it may be another database's.
+        """
         folders = [path for path in (self.parts.home.root / "runs").glob(f"{JOB}*") if path.is_dir()]
         with self.parts.store.read() as session:
-            asked = select(Job.id).where(Job.id.in_([path.name for path in folders]), Job.status.not_in(ENDED))
-            alive = set(session.scalars(asked))
+            asked = select(Job.id).where(Job.id.in_([path.name for path in folders]), Job.status.in_(ENDED))
+            over = set(session.scalars(asked))
         for path in folders:
-            if path.name not in alive:
+            if path.name in over:
                 shutil.rmtree(path, ignore_errors=True)
                 tidy(self.parts, path.name)
 

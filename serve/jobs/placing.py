@@ -87,7 +87,11 @@ class Placer:
             if self.is_away or self.may_be_here():
                 return
             self.is_away = True
-            self.serving.suspend("a fine-tuning job trains", expected_s)
+            try:
+                self.serving.suspend("a fine-tuning job trains", expected_s)
+            except BaseException:
+                self.is_away = False
+                raise
 
     def adopt(self) -> None:
         """At the start of a server: the engine stays away where a job that survived has its GPUs."""
@@ -121,8 +125,9 @@ class Placer:
         """Resume the engine; what hinders it is said, and tried again."""
         with self.lock:
             try:
-                self.serving.resume()
-                self.is_away = False
+                if self.may_be_here():  # else a job has got its GPUs meanwhile
+                    self.serving.resume()
+                    self.is_away = False
             except LoraportError as error:
                 self.not_before = time.monotonic() + AGAIN_S
                 say(f"warning: the engine is not back yet: {error.message}", "yellow")

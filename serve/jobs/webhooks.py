@@ -28,13 +28,14 @@ import time
 from collections import Counter
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from sqlalchemy import delete, select, update
+from yarl import URL
 
 from loraport.clients.errors import EndpointError, LoraportError, UsageError
 from loraport.serve.jobs.names import NOBODY
@@ -51,6 +52,10 @@ ANSWER_S, CONNECT_S = 15.0, 5.0
 LOOK_S = 2.0  # between two looks into the outbox, where nobody wakes it
 AT_ONCE, EACH_AT_ONCE = 32, 2  # deliveries under way, and those to one webhook
 BATCH = 100
+CARRIERS = (
+    IPv6Network("64:ff9b::/96"),
+    IPv6Network("::/96"),
+)  # IPv6 addresses that hold an IPv4 one: NAT64, compatible
 
 Result = TypeVar("Result")
 
@@ -68,7 +73,7 @@ def check_url(url: str, allows_private: bool = False) -> None:
     """UsageError for what is no address of a receiver. What its name means is looked up at each delivery."""
     try:
         parts = urlsplit(url)
-        host, _ = parts.hostname or "", parts.port
+        host, _ = URL(url).host or "", parts.port  # as aiohttp reads it, whatever digits it is written in
     except ValueError:
         raise UsageError("the URL of a webhook is not one.", "for example https://example.com/hooks") from None
     if parts.scheme not in ("http", "https") or not host or len(url) > LONGEST_URL or not url.isprintable():
@@ -88,10 +93,19 @@ def is_private(host: str) -> bool:
         address = ip_address(host.partition("%")[0])
     except ValueError:
         return False
-    inner = [address]
+    inner: list[IPv4Address | IPv6Address] = [address]
     if isinstance(address, IPv6Address):  # an IPv4 address in another dress
         inner += [each for each in (address.ipv4_mapped, address.sixtofour) if each]
+        inner += [IPv4Address(int(address) & 0xFFFFFFFF) for network in CARRIERS if address in network]
     return any(not each.is_global or each.is_multicast for each in inner)
+
+
+def public_socket(found: tuple[Any, ...]) -> socket.socket:
+    """A socket for an address that was found; Private where it is one: the last word, whoever read the URL."""
+    family, kind, protocol, _, address = found
+    if is_private(str(address[0])):
+        raise Private("the address is private")
+    return socket.socket(family, kind, protocol)
 
 
 class Public(AbstractResolver):
@@ -253,7 +267,8 @@ class Webhooks:
         except UsageError as error:
             raise Private(error.message.rstrip(".")) from error
         body = body_of(delivery)
-        connector = aiohttp.TCPConnector(resolver=None if allows_private else Public(), force_close=True)
+        guards: dict[str, Any] = {} if allows_private else {"resolver": Public(), "socket_factory": public_socket}
+        connector = aiohttp.TCPConnector(force_close=True, **guards)
         timeout = aiohttp.ClientTimeout(total=ANSWER_S, sock_connect=CONNECT_S)
         async with (
             aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False) as client,

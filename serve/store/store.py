@@ -21,6 +21,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from loraport.clients.errors import ConfigError, ResourceError
@@ -28,6 +29,7 @@ from loraport.clients.home import Home
 
 DATABASE = "jobs.sqlite"
 BUSY_MS = 30_000
+CONNECTIONS = 20  # kept; as many more while they are needed
 MIGRATING = 0x6C6F7261  # the advisory lock of who migrates a PostgreSQL
 
 
@@ -95,7 +97,7 @@ def database_url(home: Home, url: str | None) -> URL:
 
 def connect(url: URL) -> Engine:
     """An engine whose SQLite connections write ahead, wait for each other, and leave transactions to us."""
-    engine = create_engine(url, pool_pre_ping=True)
+    engine = create_engine(url, pool_pre_ping=True, pool_size=CONNECTIONS, max_overflow=CONNECTIONS)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", prepare_sqlite)
     return engine
@@ -149,6 +151,8 @@ def database_errors(url: URL) -> Iterator[None]:
     """Turn errors of the driver into a ResourceError in words; mistakes in our statements stay what they are."""
     try:
         yield
+    except PoolTimeout as error:
+        raise ResourceError("the database of jobs has too much to do.", "try again") from error
     except DBAPIError as error:
         if not is_environment(error):
             raise
@@ -162,4 +166,6 @@ def database_errors(url: URL) -> Iterator[None]:
 
 def is_environment(error: DBAPIError) -> bool:
     """Whether the database is at fault, not the statement: gone, locked, full, damaged."""
-    return error.connection_invalidated or type(error).__name__ in ("OperationalError", "DatabaseError")
+    return error.connection_invalidated or type(error).__name__ in (
+        *("OperationalError", "DatabaseError", "InternalError", "InterfaceError"),
+    )
