@@ -20,6 +20,7 @@ from loraport.clients.terminal import console, say
 from loraport.serve.supervise import Keeper, Running
 
 END_S = 5.0  # for the threads to see that all is over
+HEAR_S = 0.5  # until a signal is heard at the latest
 
 
 class Fleet:
@@ -127,8 +128,12 @@ class Fleet:
             say(f"{news.launch.name} joins after {took:.1f} s: {count} of {len(self.keepers)} answer.", "green")
 
     def wait(self, done: Callable[[], bool]) -> None:
-        """Wait for what the threads tell; a signal ends this as whatever its handler raises, a bug as it is."""
+        """Wait for what the threads tell; a signal ends this as whatever its handler raises, a bug as it is.
+
+        By short waits: a signal that comes just before Python begins to wait for a lock does not end that wait.
+        """
         with self.changed:
-            self.changed.wait_for(lambda: self.bug or done())
+            while not self.changed.wait_for(lambda: self.bug or done(), HEAR_S):
+                pass
         if self.bug:
             raise self.bug

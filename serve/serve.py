@@ -305,6 +305,8 @@ class Service:
         """Let the requests that run come to their ends; a second signal cuts that short."""
         self.state.begin(Phase.DRAINING, "it is being stopped")
         self.fleet.let_be()
+        if self.jobs:
+            self.jobs.rest()
         waiting = len(self.gateway.gateway.running)
         if waiting:
             say(f"waiting up to {self.request.drain_s:.0f} s for {waiting} requests; a second signal ends them.")

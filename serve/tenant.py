@@ -90,6 +90,8 @@ class Tenant:
             if was_there:
                 say(f"the engine leaves until it is done: {reason}. Requests get 503 meanwhile.", "yellow")
             self.drain()
+            if self.is_over:  # it is being stopped: whoever stops it lets requests end first
+                raise EngineError("the endpoint is being stopped.", "")
             with ThreadPoolExecutor(len(self.fleet.keepers)) as pool:
                 list(pool.map(lambda keeper: keeper.leave(), self.fleet.keepers))
             self.state.begin(Phase.SUSPENDED, reason, total and total - (time.monotonic() - began))

@@ -202,7 +202,15 @@ def test_the_endpoint_may_be_stopped_meanwhile(
     with kept(launches_of(home, tiny_base), home) as fleet:
         fleet.start()
         fleet.in_flight, fleet.tenant.drain_s = int(when == "draining"), 600
-        away = threading.Thread(target=fleet.tenant.suspend, args=("a job trains", None))
+        refused: list[str] = []
+
+        def leave() -> None:
+            try:
+                fleet.tenant.suspend("a job trains", None)
+            except EngineError as error:
+                refused.append(error.message)
+
+        away = threading.Thread(target=leave)
         away.start()
         wait_until(lambda: fleet.phases == [Phase.SUSPENDED], "it is told")
         if when != "draining":
@@ -216,6 +224,7 @@ def test_the_endpoint_may_be_stopped_meanwhile(
         fleet.close()
         away.join(30)
         assert not away.is_alive() and fleet.phases == [Phase.DRAINING]
+        assert refused == (["the endpoint is being stopped."] if when == "draining" else [])
 
 
 def test_leaving_and_coming_back_at_once_is_no_crash(home: Home, tiny_base: Path) -> None:

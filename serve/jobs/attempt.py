@@ -55,6 +55,8 @@ class Attempts:
         try:
             require_disk(self.parts.home.root, SPARE_DISK, "training")
             self.parts.placer.make_room(job.estimated_s)
+            if self.parts.stopping.is_set() or self.parts.leaving.is_set():  # making room may take a while
+                raise Leaving
             self.parts.runner.start(self.task(job, share))
         except LoraportError as error:
             return failure("resources_lacking", clean(error.message, self.names(job)), hint=error.hint)
@@ -172,7 +174,7 @@ class Attempts:
         job = self.parts.patient(lambda: load_job(self.parts.store, job_id))
         if is_of(job, attempt):
             self.parts.runner.stop(job_id, self.parts.settings.grace_s)
-            words = failure("server_error", f"the server has a bug: {type(bug).__name__}: {bug}")
+            words = failure("server_error", f"the server has a bug ({type(bug).__name__}); its own words say more.")
             self.finishing.end(job, Status.FAILED, words)
             self.parts.wake()
 

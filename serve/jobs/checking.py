@@ -81,7 +81,7 @@ class Checking:
             return
         except Exception as bug:
             say(f"error: job {job.id} failed by a bug of ours: {''.join(traceback.format_exception(bug))}", "red")
-            words = failure("server_error", f"the server has a bug: {type(bug).__name__}: {bug}")
+            words = failure("server_error", f"the server has a bug ({type(bug).__name__}); its own words say more.")
             self.parts.patient(lambda: self.fail(job.id, words))
         self.parts.wake()
 

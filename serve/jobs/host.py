@@ -124,6 +124,11 @@ class Host:
         if self.error:
             raise self.error
 
+    def rest(self) -> None:
+        """Begin no job any more, and have trainers keep their checkpoints, while requests come to their ends."""
+        if self.queue:
+            self.queue.rest()
+
     def stop(self) -> None:
         """Have trainers keep a checkpoint and end, and give the queue back. Twice is fine."""
         self.over.set()

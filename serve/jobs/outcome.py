@@ -74,9 +74,11 @@ def judge(
     if error:
         return Fault(describe(error, "training_failed", names))
     if code in (2, 3):
-        return Refused(failure("training_failed", unexplained(code, log)))
+        return Refused(failure("training_failed", clean(unexplained(code, log), names)))
     is_stopped = "stopped" in said  # somebody has, not us, and it has kept its checkpoint
-    return Fault(failure("training_failed", unexplained(code, log)), counts=code is not None and not is_stopped)
+    return Fault(
+        failure("training_failed", clean(unexplained(code, log), names)), counts=code is not None and not is_stopped
+    )
 
 
 def code_of(error: Mapping[str, Any]) -> str:

@@ -148,6 +148,11 @@ class Queue:
             self.go_on()
         self.housekeeping.tend()
 
+    def rest(self) -> None:
+        """Begin nothing new; trainers keep a checkpoint and end. `close` is to follow."""
+        self.parts.stopping.set()
+        self.parts.wake()
+
     def close(self, stop_trainers: bool = True) -> None:
         """End the queue. Trainers keep a checkpoint and end, and their jobs are queued; or they go on without us."""
         self.durable.be_brief()
