@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -79,11 +80,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Postgres]":
+def postgres() -> "Iterator[Postgres]":
     """A real PostgreSQL, once for the session; a test takes a database of its own."""
     from tests.postgres import Postgres
 
-    with Postgres.started(tmp_path_factory.mktemp("postgres") / "server") as running:
+    # Not below pytest's own folder, which each pytest that starts closes to all other users, the server's too.
+    with TemporaryDirectory(prefix="loraport-postgres-") as name, Postgres.started(Path(name) / "server") as running:
         yield running
 
 
