@@ -44,32 +44,36 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return AutoTokenizer.from_pretrained(make_tiny_base(tmp_path_factory.mktemp("trl") / "base"))
 
 
+def trl_settings(config: ResolvedConfig, folder: Path) -> dict[str, Any]:
+    """A run configuration in TRL's words, with padded batches of 4."""
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": config.batch_size // 4,
+        "num_train_epochs": 1,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.scheduler,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "optim": "adamw_torch",
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "max_length": None,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": config.seed,
+    }
+
+
 def by_trl(model: Any, rows: ToyRows, config: ResolvedConfig, tokenizer: Any, folder: Path) -> tuple[Any, Gradients]:
     """The same run by TRL: padded batches of 4, accumulated to those of `config`."""
     order = StepSampler(rows.lengths, config.batch_size, 1, config.seed, lambda: 0).steps(0)
     items = [{key: rows[row][key].tolist() for key in rows[row]} for step in order for row in step]
     gradients = Gradients()
-    arguments = SFTConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=config.batch_size // 4,
-        num_train_epochs=1,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.scheduler,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch",
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        max_length=None,
-        packing=False,
-        save_strategy="no",
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        seed=config.seed,
-    )
+    arguments = SFTConfig(**trl_settings(config, folder), packing=False)
     trainer = InOrder(
         model=model,
         args=arguments,

@@ -41,7 +41,7 @@ from tests.conftest import ROOT
 from tests.loop import SHAPE, assert_same, base_of, config_for, lora_on, weights_of
 from tests.pairs import ToyPairs
 from tests.test_loop_resume import Signal
-from tests.test_loop_trl import Gradients, tokenizer
+from tests.test_loop_trl import Gradients, tokenizer, trl_settings
 
 __all__ = ["tokenizer"]  # a fixture
 PAIRS = 24
@@ -70,27 +70,7 @@ def by_trl(kind: str, model: Any, rows: ToyPairs, config: ResolvedConfig, tokeni
         ids, prompt, cut = item["input_ids"].tolist(), item["prompt"], item["chosen"]
         items.append({"prompt_ids": ids[:prompt], "chosen_ids": ids[prompt:cut], "rejected_ids": ids[cut + prompt :]})
     gradients = Gradients()
-    arguments = DPOConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=config.batch_size // 4,
-        num_train_epochs=1,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.scheduler,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        beta=config.beta,
-        optim="adamw_torch",
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        max_length=None,
-        save_strategy="no",
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        seed=config.seed,
-    )
+    arguments = DPOConfig(**trl_settings(config, folder), beta=config.beta)
     trainer = InOrder(
         model=model,
         ref_model=base_of(kind),

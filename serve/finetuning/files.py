@@ -19,31 +19,21 @@ from loraport.serve.finetuning.disk import Arriving, content, drop, hide, requir
 from loraport.serve.finetuning.guard import Asking, Caller, Guarded, nothing
 from loraport.serve.finetuning.kept import DELETED, PURPOSES, Wish, expiry, is_there, keep, taker
 from loraport.serve.finetuning.lists import After, listing, mine, one, rows_after
-from loraport.serve.finetuning.multipart import Form, receive_form
+from loraport.serve.finetuning.multipart import Form, form_schema, receive_form
 from loraport.serve.finetuning.service import Service, taken
 from loraport.serve.finetuning.shapes import Deleted, FileObject, Page
 from loraport.serve.gateway.refusals import bad_request
 from loraport.serve.store.tables import File, new_id
 
-FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "purpose"],
-                    "properties": {
-                        "file": {"type": "string", "format": "binary"},
-                        "purpose": {"type": "string", "enum": list(PURPOSES)},
-                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
-                        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
-                    },
-                }
-            }
-        },
-    }
-}
+FORM = form_schema(
+    ("file", "purpose"),
+    {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"type": "string", "enum": list(PURPOSES)},
+        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
+    },
+)
 BINARY: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 }

@@ -10,7 +10,9 @@ A refusal is told when the client has sent what it had to send, within bounds: m
 import asyncio
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -198,3 +200,9 @@ class Pieces:
         except Refusal:
             return False
         return self.is_over
+
+
+def form_schema(required: Sequence[str], properties: Mapping[str, Any]) -> dict[str, Any]:
+    """What the OpenAPI description says of a route that takes a form."""
+    schema = {"type": "object", "required": list(required), "properties": dict(properties)}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}

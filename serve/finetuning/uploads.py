@@ -23,7 +23,7 @@ from loraport.serve.finetuning.disk import Arriving, content, require_space
 from loraport.serve.finetuning.guard import Asking, Caller, Guarded, Strict, already
 from loraport.serve.finetuning.kept import LEAST_EXPIRY_S, MOST_EXPIRY_S, NAME_LENGTH, PURPOSES, Wish, keep, taker
 from loraport.serve.finetuning.lists import alone, one
-from loraport.serve.finetuning.multipart import PIECE, receive_form
+from loraport.serve.finetuning.multipart import PIECE, form_schema, receive_form
 from loraport.serve.finetuning.service import GIB, Service, out_of_quota, taken
 from loraport.serve.finetuning.shapes import PartObject, UploadObject
 from loraport.serve.gateway.refusals import bad_request
@@ -31,20 +31,7 @@ from loraport.serve.store.tables import File, Part, Upload, new_id
 
 LIFE_S = 3600.0
 PARTS = 10_000
-FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["data"],
-                    "properties": {"data": {"type": "string", "format": "binary"}},
-                }
-            }
-        },
-    }
-}
+FORM = form_schema(("data",), {"data": {"type": "string", "format": "binary"}})
 
 
 class Expiry(Strict):

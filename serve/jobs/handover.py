@@ -34,7 +34,7 @@ from loraport.serve.adapters.live import Live
 from loraport.serve.adapters.remove import take_away
 from loraport.serve.gateway.models import INTERNAL
 from loraport.serve.gateway.tuned import Tuned
-from loraport.serve.jobs.names import Names, checkpoint_name, model_name
+from loraport.serve.jobs.names import Names, model_name
 from loraport.serve.jobs.seams import Trained
 from loraport.serve.plan.settings import Plan
 from loraport.serve.store.store import Store
@@ -220,6 +220,3 @@ def unservable(rank: int, linears: Collection[str], plan: Plan) -> str | None:
     if missing:
         return f"this endpoint has no slots for {', '.join(missing)}, only for {', '.join(plan.targets)}"
     return None
-
-
-__all__ = ["Models", "checkpoint_name", "model_name", "unservable"]

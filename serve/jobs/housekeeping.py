@@ -44,7 +44,7 @@ class Housekeeping:
 
     def clean_up(self) -> None:
         """All chores; one that fails keeps none of the others."""
-        for chore in (self.sweep_leases, self.sweep_runs, self.forget, *self.chores):
+        for chore in (lambda: sweep_leases(self.parts, spared=ENGINE), self.sweep_runs, self.forget, *self.chores):
             if self.parts.leaving.is_set():
                 return
             try:
@@ -53,13 +53,6 @@ class Housekeeping:
                 say(f"warning: cleaning up after fine-tuning jobs: {error.message}", "yellow")
             except Exception as bug:
                 say(f"warning: cleaning up after fine-tuning jobs: {type(bug).__name__}: {bug}", "yellow")
-
-    def sweep_leases(self) -> None:
-        """End leases of jobs that do not run."""
-        with self.parts.store.begin() as session:
-            lock_leases(session)  # a job that is admitted meanwhile has its lease before it is seen to run
-            running = set(session.scalars(select(Job.id).where(Job.status == Status.RUNNING)))
-            self.parts.placer.pool.sweep(session, lambda holder: holder.startswith(ENGINE) or holder in running)
 
     def sweep_runs(self) -> None:
         """Remove checkpoints of jobs that are over: who cancels one that waits does not.
@@ -78,3 +71,13 @@ class Housekeeping:
     def forget(self) -> None:
         """Have DBOS forget what is long over."""
         self.durable.forget(time.time() - REMEMBERED_S)
+
+
+def sweep_leases(parts: Parts, spared: str | None = None) -> None:
+    """End all leases but those of jobs that run, and of holders whose names begin with `spared`."""
+    with parts.store.begin() as session:
+        lock_leases(session)  # a job that is admitted meanwhile has its lease before it is seen to run
+        running = set(session.scalars(select(Job.id).where(Job.status == Status.RUNNING)))
+        parts.placer.pool.sweep(
+            session, lambda holder: holder in running or (spared is not None and holder.startswith(spared))
+        )

@@ -36,6 +36,7 @@ import psutil
 from loraport.clients.errors import ResourceError, os_errors
 from loraport.clients.home import Home
 from loraport.serve.jobs import shell
+from loraport.serve.jobs.recipe import LOG
 from loraport.serve.jobs.seams import Exit, Task
 
 MARK = "LORAPORT_JOB"
@@ -202,7 +203,7 @@ class LocalRunner:
         """The process of a shell, in a session of its own; what it says itself, which is nothing, goes to train.log."""
         with (
             os_errors("starting a trainer in", task.folder, "end other programs, or look at ulimit -a"),
-            (task.folder / "train.log").open("ab") as log,
+            (task.folder / LOG).open("ab") as log,
         ):
             child = self.shells[task.job_id] = subprocess.Popen(
                 command,

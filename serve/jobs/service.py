@@ -27,7 +27,7 @@ from loraport.serve.jobs.admission import admit
 from loraport.serve.jobs.attempt import Attempts
 from loraport.serve.jobs.checking import Checker, Checking
 from loraport.serve.jobs.durable import Durable
-from loraport.serve.jobs.housekeeping import Housekeeping
+from loraport.serve.jobs.housekeeping import Housekeeping, sweep_leases
 from loraport.serve.jobs.parts import Parts
 from loraport.serve.jobs.placing import Placer
 from loraport.serve.jobs.policy import Policy, Window
@@ -91,17 +91,11 @@ class Queue:
 
     def take_over(self) -> None:
         """What has to be done before the first look. ResourceError where the store cannot be used: do it again."""
-        self.sweep_leases()
+        sweep_leases(self.parts)  # also of engines: there is no other server, and those here have none yet
         self.parts.placer.adopt()
         self.durable.start()
         self.go_on()
         self.has_begun = True
-
-    def sweep_leases(self) -> None:
-        """End all leases but those of jobs that run: there is no other server, and the engines here have none yet."""
-        with self.parts.store.begin() as session:
-            running = set(session.scalars(select(Job.id).where(Job.status == Status.RUNNING)))
-            self.parts.placer.pool.sweep(session, running.__contains__)
 
     def go_on(self) -> None:
         """Have all jobs that run followed, also those that DBOS never heard of because the server was killed."""

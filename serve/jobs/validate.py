@@ -23,14 +23,21 @@ from sqlalchemy import select
 from loraport.clients.errors import ConfigError, DataError, LoraportError, os_errors
 from loraport.clients.home import Home, require_disk
 from loraport.serve.jobs.process import Bounds, Ran, run
-from loraport.serve.jobs.recipe import CHECKPOINTS, TRAINING, VALIDATION, job_folder, name_of_setting, run_config
+from loraport.serve.jobs.recipe import (
+    CHECKPOINTS,
+    CONFIG,
+    TRAINING,
+    VALIDATION,
+    job_folder,
+    name_of_setting,
+    run_config,
+)
 from loraport.serve.jobs.results import write_whole
 from loraport.serve.jobs.settings import QueueSettings
 from loraport.serve.jobs.words import clean, failure
 from loraport.serve.store.store import Store
 from loraport.serve.store.tables import File, Job
 
-CONFIG = "config.yaml"
 ROWS_SHOWN = 5
 COPIES = 4  # of an adapter while it is trained: weights, gradients' moments, what is being written
 SPARE_DISK = 256 << 20
