@@ -30,6 +30,7 @@ COMMANDS = {
 
 # group -> (line of help, {command -> (module, function, first line of its help)}): the commands of a group may live in
 # different rooms, so each is imported alone.
+JOBS = "loraport.serve.terminal.cli"
 GROUPS = {
     "bench": (
         "Measure training and serving against peers and limits.",
@@ -104,18 +105,26 @@ GROUPS = {
     "jobs": (
         "Create, follow and cancel fine-tuning jobs of the endpoint.",
         {
-            "submit": ("loraport.serve.jobs.cli", "jobs_submit", "Upload rows and create a job."),
-            "list": ("loraport.serve.jobs.cli", "jobs_list", "List the jobs, the newest first."),
+            "submit": (JOBS, "jobs_submit", "Upload rows and create a job."),
+            "list": (JOBS, "jobs_list", "List the jobs, the newest first."),
             "show": (
-                "loraport.serve.jobs.cli",
+                JOBS,
                 "jobs_show",
                 "Show a job: its settings, what came of it, its checkpoints.",
             ),
-            "logs": ("loraport.serve.jobs.cli", "jobs_logs", "Print all that a job's trainer has said."),
-            "cancel": ("loraport.serve.jobs.cli", "jobs_cancel", "Cancel a job."),
-            "pause": ("loraport.serve.jobs.cli", "jobs_pause", "Pause a job: its checkpoint is kept, its GPU is free."),
-            "resume": ("loraport.serve.jobs.cli", "jobs_resume", "Let a paused job go on, from its checkpoint."),
-            "watch": ("loraport.serve.jobs.cli", "jobs_watch", "Follow a job to its end, or see all jobs as they go."),
+            "logs": (JOBS, "jobs_logs", "Print all that a job's trainer has said."),
+            "cancel": (JOBS, "jobs_cancel", "Cancel a job."),
+            "pause": (
+                JOBS,
+                "jobs_pause",
+                "Pause a job: its checkpoint is kept, its GPU is free.",
+            ),
+            "resume": (JOBS, "jobs_resume", "Let a paused job go on, from its checkpoint."),
+            "watch": (
+                JOBS,
+                "jobs_watch",
+                "Follow a job to its end, or see all jobs as they go.",
+            ),
         },
     ),
     "keys": (

@@ -6,7 +6,7 @@ import typer
 
 from loraport.clients.errors import UsageError
 from loraport.clients.home import Home
-from loraport.serve.jobs.options import Options
+from loraport.serve.finetuning.options import Options
 from loraport.serve.plan.wish import (
     Concurrency,
     Context,

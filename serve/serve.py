@@ -36,6 +36,8 @@ from loraport.serve.engine.family import read_family
 from loraport.serve.engine.leftovers import end_leftovers
 from loraport.serve.engine.process import DEFAULT_COMMAND, Launch
 from loraport.serve.engine.quantised import require_packages
+from loraport.serve.finetuning.host import Host, hosting
+from loraport.serve.finetuning.options import Options
 from loraport.serve.fleet import Fleet
 from loraport.serve.gateway.app import create_app
 from loraport.serve.gateway.calls import log_to
@@ -44,8 +46,6 @@ from loraport.serve.gateway.server import Running as Gateway
 from loraport.serve.gateway.server import run_in_thread
 from loraport.serve.gateway.settings import GatewaySettings
 from loraport.serve.gateway.state import EngineState, Model, Phase
-from loraport.serve.jobs.host import Host, hosting
-from loraport.serve.jobs.options import Options
 from loraport.serve.plan.choose import plan, require_shape
 from loraport.serve.plan.hardware import count_replicas, read_device, split_gpus, why_replicas
 from loraport.serve.plan.settings import TUNED_SLOTS, Choice, Plan, Wanted, for_one

@@ -24,14 +24,15 @@ from sqlalchemy import select
 
 from loraport.clients.errors import EngineError, ResourceError, VerificationError
 from loraport.clients.home import Home
-from loraport.serve.jobs.local import LocalRunner
-from loraport.serve.jobs.policy import Policy, Window
-from loraport.serve.jobs.pool import Gpu, Machine, Pool
-from loraport.serve.jobs.seams import Exit, Runner, Task, Trained
+from loraport.serve.jobs.seams import Trained
 from loraport.serve.jobs.service import Queue
 from loraport.serve.jobs.settings import QueueSettings
 from loraport.serve.jobs.validate import Fit, Found, Later, Unfit
 from loraport.serve.jobs.words import failure
+from loraport.serve.pool.policy import Policy, Window
+from loraport.serve.pool.pool import Gpu, Machine, Pool
+from loraport.serve.runners.local import LocalRunner
+from loraport.serve.runners.seams import Exit, Runner, Task
 from loraport.serve.store.store import Store, open_store
 from loraport.serve.store.tables import ENDED, Event, Job, Status
 

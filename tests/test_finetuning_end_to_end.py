@@ -14,7 +14,7 @@ import pytest
 from loraport.clients.endpoint import find_record
 from tests.conftest import ROOT, Served
 from tests.serving import wait_until
-from tests.test_jobs_webhooks import Receiver
+from tests.test_finetuning_webhooks import Receiver
 
 pytestmark = pytest.mark.engine
 ROWS = 24

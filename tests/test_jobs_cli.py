@@ -13,11 +13,11 @@ from loraport.clients.endpoint import EndpointRecord, process_identity
 from loraport.clients.errors import ConfigError, EndpointError, Refused, Shortfall, UsageError
 from loraport.clients.home import Home
 from loraport.clients.models import ModelCard
-from loraport.serve.jobs import cli, submission
-from loraport.serve.jobs.options import Options
-from loraport.serve.jobs.submission import Wish, key_for, settings_of
+from loraport.serve.finetuning.options import Options
 from loraport.serve.store.changes import move, tell
 from loraport.serve.store.tables import Checkpoint, File, Job, Status
+from loraport.serve.terminal import cli, submission
+from loraport.serve.terminal.submission import Wish, key_for, settings_of
 from tests.conftest import ROOT
 from tests.finetuning import Api, jsonl, serving
 

@@ -14,8 +14,8 @@ from sqlalchemy import event, select, text
 
 from loraport.clients.home import Home
 from loraport.serve.jobs.outcome import Outcome
-from loraport.serve.jobs.policy import Policy
 from loraport.serve.jobs.service import Queue
+from loraport.serve.pool.policy import Policy
 from loraport.serve.store.changes import move
 from loraport.serve.store.tables import Checkpoint, Event, File, Job, Lease, Status
 from tests.queue_kit import (

@@ -10,8 +10,8 @@ from sqlalchemy import select
 from loraport.clients.errors import EngineError
 from loraport.clients.home import Home
 from loraport.serve.jobs.housekeeping import Housekeeping
-from loraport.serve.jobs.policy import Policy, Window
 from loraport.serve.jobs.service import Queue
+from loraport.serve.pool.policy import Policy, Window
 from loraport.serve.store.changes import move
 from loraport.serve.store.tables import Lease, Status
 from tests.queue_kit import Engine, get, journal, make_queue, serving, submit, wait, wait_for, want
@@ -83,7 +83,7 @@ def test_an_engine_that_does_not_come_back_at_once_is_tried_again(home: Home, mo
                 raise EngineError("it died.", "look at its log")
             super().resume()
 
-    monkeypatch.setattr("loraport.serve.jobs.placing.AGAIN_S", 0.1)
+    monkeypatch.setattr("loraport.serve.pool.placing.AGAIN_S", 0.1)
     engine = Slow({0: 9})
     with serving(home, gpus=1, engine=engine, policy=Policy.YIELD) as queue:
         assert wait(queue, submit(queue, steps=1)).status == Status.SUCCEEDED

@@ -16,8 +16,8 @@ from loraport.clients.home import Home
 from loraport.serve.jobs.follow import KEPT_METRICS, Follower, Line, all_lines, read_lines
 from loraport.serve.jobs.outcome import Done, Fault, Outcome, Refused, Short, judge
 from loraport.serve.jobs.results import metrics_csv
-from loraport.serve.jobs.seams import Exit
 from loraport.serve.jobs.words import LONGEST, clean, failure, last_lines
+from loraport.serve.runners.seams import Exit
 from loraport.serve.store.store import Store, open_store
 from loraport.serve.store.tables import Event
 from tests.queue_kit import get, submit

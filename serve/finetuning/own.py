@@ -20,7 +20,8 @@ from loraport.clients.errors import os_errors
 from loraport.serve.finetuning.guard import Asking, Guarded
 from loraport.serve.finetuning.lists import one
 from loraport.serve.jobs.figures import cost_of
-from loraport.serve.jobs.recipe import LOG, job_folder
+from loraport.serve.jobs.recipe import job_folder
+from loraport.serve.runners.seams import LOG
 from loraport.serve.store.tables import Job, Lease
 
 MOST_BYTES = 1 << 20  # of one answer; more comes with the next

@@ -3,7 +3,7 @@
     GET/POST /v1/webhook_endpoints    GET/POST/DELETE /v1/webhook_endpoints/{id}    POST …/{id}/rotate_secret   …/test
     GET      /v1/webhook_event_types
 
-The secret is shown once. What is told, and when, is not here: serve/jobs/webhooks.py.
+The secret is shown once. What is told, and when, is not here: serve/finetuning/sender.py.
 """
 
 import time
@@ -15,6 +15,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from loraport.clients.errors import EndpointError, UsageError
+from loraport.serve.finetuning import sender
 from loraport.serve.finetuning.again import AGAIN_S
 from loraport.serve.finetuning.guard import Asking, Caller, Guarded, Strict, nothing
 from loraport.serve.finetuning.lists import After, Limit, alone, listing, mine, one, rows_after
@@ -22,7 +23,6 @@ from loraport.serve.finetuning.service import FINAL, Service, out_of_quota
 from loraport.serve.finetuning.shapes import Deleted, EventTypes, Page, WebhookObject, WebhookSecret, WebhookTest
 from loraport.serve.gateway.access import ANYONE
 from loraport.serve.gateway.refusals import Refusal, bad_request
-from loraport.serve.jobs import webhooks as sender
 from loraport.serve.store.changes import TOLD
 from loraport.serve.store.tables import Webhook
 

@@ -12,9 +12,9 @@ from sqlalchemy import ColumnElement, case, func, or_, select
 from sqlalchemy.orm import Session
 
 from loraport.serve.jobs.order import Running, Waiting, choose, decayed
-from loraport.serve.jobs.placing import Placer
-from loraport.serve.jobs.policy import Needs
 from loraport.serve.jobs.settings import QueueSettings
+from loraport.serve.pool.placing import Placer
+from loraport.serve.pool.policy import Needs
 from loraport.serve.store.changes import move
 from loraport.serve.store.store import Store
 from loraport.serve.store.tables import Job, Lease, Status

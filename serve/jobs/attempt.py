@@ -25,10 +25,11 @@ from loraport.serve.jobs.finishing import Finishing, load_job
 from loraport.serve.jobs.follow import PROGRESS, Follower, Line, all_lines
 from loraport.serve.jobs.outcome import ENDS, Done, Fault, Outcome, Refused, Short, judge
 from loraport.serve.jobs.parts import Parts
-from loraport.serve.jobs.recipe import CONFIG, LOG, TRAINING, VALIDATION, environment, job_folder
-from loraport.serve.jobs.seams import Share, Task
+from loraport.serve.jobs.recipe import CONFIG, TRAINING, VALIDATION, environment, job_folder
 from loraport.serve.jobs.validate import write_config
 from loraport.serve.jobs.words import clean, failure, last_lines
+from loraport.serve.pool.pool import Share
+from loraport.serve.runners.seams import LOG, Task
 from loraport.serve.store.tables import Job, Lease, Status
 
 SPARE_DISK = 256 << 20  # below which no training begins

@@ -21,9 +21,9 @@ from loraport.serve.jobs.durable import Leaving
 from loraport.serve.jobs.finishing import load_job, tidy
 from loraport.serve.jobs.order import Running, Waiting, choose
 from loraport.serve.jobs.parts import Parts
-from loraport.serve.jobs.policy import Needs, impossible
 from loraport.serve.jobs.validate import Fit, Found, Later, Unfit
 from loraport.serve.jobs.words import failure
+from loraport.serve.pool.policy import Needs, impossible
 from loraport.serve.store.changes import move, tell
 from loraport.serve.store.tables import Event, Job, Status
 

@@ -18,7 +18,7 @@ from loraport.clients.terminal import say
 from loraport.serve.jobs.durable import Durable
 from loraport.serve.jobs.finishing import tidy
 from loraport.serve.jobs.parts import Parts
-from loraport.serve.jobs.pool import ENGINE, lock_leases
+from loraport.serve.pool.pool import ENGINE, lock_leases
 from loraport.serve.store.tables import ENDED, Job, Status
 
 EVERY_S = 60.0

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraport.serve.jobs.follow import Line, is_number
-from loraport.serve.jobs.seams import Exit, Trained, TrainedCheckpoint
+from loraport.serve.jobs.seams import Trained, TrainedCheckpoint
 from loraport.serve.jobs.words import clean, failure
+from loraport.serve.runners.seams import Exit
 
 MACHINE = ("ResourceError", "EndpointError")  # classes of errors that are no matter of the job
 ENDS = ("adapter", "error", "stopped")

@@ -15,9 +15,10 @@ from loraport.clients.errors import ResourceError
 from loraport.clients.home import Home
 from loraport.clients.terminal import say
 from loraport.serve.jobs.durable import Leaving
-from loraport.serve.jobs.placing import Placer
-from loraport.serve.jobs.seams import HandOver, Runner
+from loraport.serve.jobs.seams import HandOver
 from loraport.serve.jobs.settings import QueueSettings
+from loraport.serve.pool.placing import Placer
+from loraport.serve.runners.seams import Runner
 from loraport.serve.store.store import Store
 
 T = TypeVar("T")

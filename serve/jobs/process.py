@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraport.clients.errors import os_errors
-from loraport.serve.jobs.local import may_know
 from loraport.serve.jobs.words import last_lines
+from loraport.serve.runners.local import may_know
 
 POLL_S = 0.1
 LONGEST_OUT = 1 << 24

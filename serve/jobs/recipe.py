@@ -16,7 +16,7 @@ from loraport.serve.store.tables import Job
 CHECKPOINTS = 3  # of each job, as adapters that can be asked; OpenAI keeps as many
 LEAST_ROWS = 10  # of a training file
 TRAINING, VALIDATION = "training.jsonl", "validation.jsonl"  # in the job's folder: its own links to the files
-CONFIG, LOG = "config.yaml", "train.log"  # there too: the run configuration, and what the trainer says to people
+CONFIG = "config.yaml"  # there too: the run configuration
 # OpenAI's names of hyperparameters, and ours.
 NAMES = {
     "n_epochs": "epochs",

@@ -29,12 +29,13 @@ from loraport.serve.jobs.checking import Checker, Checking
 from loraport.serve.jobs.durable import Durable
 from loraport.serve.jobs.housekeeping import Housekeeping, sweep_leases
 from loraport.serve.jobs.parts import Parts
-from loraport.serve.jobs.placing import Placer
-from loraport.serve.jobs.policy import Policy, Window
-from loraport.serve.jobs.pool import Pool
-from loraport.serve.jobs.seams import HandOver, Runner, Serving
+from loraport.serve.jobs.seams import HandOver
 from loraport.serve.jobs.settings import QueueSettings
 from loraport.serve.jobs.validate import Validator
+from loraport.serve.pool.placing import Placer, Serving
+from loraport.serve.pool.policy import Policy, Window
+from loraport.serve.pool.pool import Pool
+from loraport.serve.runners.seams import Runner
 from loraport.serve.store.store import Store
 from loraport.serve.store.tables import Job, Status
 

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from loraport.clients.errors import ResourceError
 from loraport.serve.jobs.figures import QueueFigures
-from loraport.serve.jobs.pool import ENGINE
+from loraport.serve.pool.pool import ENGINE
 from loraport.serve.store.store import Store
 from loraport.serve.store.tables import ENDED, Job, Lease
 

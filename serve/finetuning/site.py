@@ -12,10 +12,11 @@ from functools import partial
 from loraport.clients.home import Home
 from loraport.serve.fleet import Fleet
 from loraport.serve.gateway.state import EngineState
-from loraport.serve.jobs.local import LocalRunner
-from loraport.serve.jobs.on_ray import Elsewhere, RayRunner, renew
-from loraport.serve.jobs.pool import Pool, this_machine
-from loraport.serve.jobs.seams import Runner, Serving
+from loraport.serve.pool.placing import Serving
+from loraport.serve.pool.pool import Pool, this_machine
+from loraport.serve.runners.local import LocalRunner
+from loraport.serve.runners.on_ray import Elsewhere, RayRunner, renew
+from loraport.serve.runners.seams import Runner
 from loraport.serve.tenant import Tenant
 
 TOKEN_VARIABLE = "RAY_AUTH_TOKEN"  # Ray's own

@@ -17,9 +17,10 @@ import pytest
 
 from loraport.clients.errors import ResourceError
 from loraport.clients.home import Home
-from loraport.serve.jobs import local
-from loraport.serve.jobs.local import MARK, LocalRunner, environment, processes, read_record
-from loraport.serve.jobs.seams import Exit, Share, Task
+from loraport.serve.pool.pool import Share
+from loraport.serve.runners import local
+from loraport.serve.runners.local import MARK, LocalRunner, environment, processes, read_record
+from loraport.serve.runners.seams import Exit, Task
 from tests.conftest import ROOT
 from tests.serving import wait_until
 
@@ -175,7 +176,7 @@ def test_trainers_leave_the_gpus_that_an_engine_is_planned_for(runner: LocalRunn
 def server(home: Home, seconds: float) -> "subprocess.Popen[bytes]":
     """A process that starts a trainer as a server does, and would go on."""
     code = (
-        "import sys, time; from tests.test_jobs_local import *; home = Home(Path(sys.argv[1]));"
+        "import sys, time; from tests.test_runners_local import *; home = Home(Path(sys.argv[1]));"
         "LocalRunner(home, nice=0).start(task(home, float(sys.argv[2]))); time.sleep(600)"
     )
     return subprocess.Popen([sys.executable, "-c", code, str(home.root), str(seconds)], cwd=ROOT)

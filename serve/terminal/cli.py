@@ -19,7 +19,7 @@ import typer
 from loraport.clients.errors import Refused, Shortfall
 from loraport.clients.home import Home
 from loraport.clients.terminal import console, print_json, printable, program, say
-from loraport.serve.jobs.shown import ENDED, describe, describe_cost, ours, print_table, table_of
+from loraport.serve.terminal.shown import ENDED, describe, describe_cost, ours, print_table, table_of
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -39,7 +39,7 @@ def asking(base_url: str | None) -> Iterator["OpenAI"]:
     from openai import BadRequestError, NotFoundError, OpenAI
 
     from loraport.clients.endpoint import endpoint_errors, find_base_url, find_record, server_words
-    from loraport.serve.jobs.submission import key_for
+    from loraport.serve.terminal.submission import key_for
 
     home = Home.default()
     url = find_base_url(base_url, home)
@@ -75,7 +75,7 @@ def jobs_submit(
     json: Json = False,
 ) -> None:
     """Upload rows and create a job."""
-    from loraport.serve.jobs.submission import Wish, pairs_of, settings_of, submit
+    from loraport.serve.terminal.submission import Wish, pairs_of, settings_of, submit
 
     given: dict[str, Any] = {
         "data": data,

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from loraport.clients.errors import UsageError
-from loraport.serve.jobs.policy import Needs, Policy, Run, Wait, Window, Yield, decide, impossible
-from loraport.serve.jobs.pool import Gpu, Machine, Room, room_of
-from loraport.serve.jobs.seams import Share
+from loraport.serve.pool.policy import Needs, Policy, Run, Wait, Window, Yield, decide, impossible
+from loraport.serve.pool.pool import Gpu, Machine, Room, Share, room_of
 
 GIB = 1 << 30
 AUTO, COEXIST, YIELD, WAIT = Policy

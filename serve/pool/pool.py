@@ -26,11 +26,23 @@ from sqlalchemy import delete, select, text
 from sqlalchemy.orm import Session
 
 from loraport.clients.hardware import Device, read_cpu, read_one, visible_gpus
-from loraport.serve.jobs.seams import Share
 from loraport.serve.store.tables import Lease
 
 ENGINE = "engine:"
 LEASING = 0x6C656173  # the advisory lock of who takes a lease, on PostgreSQL
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a job may use: GPUs of a node by number (none on a CPU), and bytes of each; None: all of it.
+
+    `node`: as the pool names it; empty where there is only this machine. Who writes the trainer's configuration says
+    `gpu_memory` in it where there are bytes, so that it stays within them.
+    """
+
+    gpus: tuple[int, ...] = ()
+    gpu_bytes: int | None = None
+    node: str = ""
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from sqlalchemy import select
 
 from loraport.clients.errors import EndpointError, UsageError
 from loraport.clients.home import Home
-from loraport.serve.jobs import webhooks
-from loraport.serve.jobs.webhooks import Webhooks, check_url, headers_of, is_private, new_secret
+from loraport.serve.finetuning import sender as webhooks
+from loraport.serve.finetuning.sender import Webhooks, check_url, headers_of, is_private, new_secret
 from loraport.serve.store.changes import move
 from loraport.serve.store.store import Store, open_store
 from loraport.serve.store.tables import Delivery, Job, Status, Webhook
@@ -181,7 +181,7 @@ def test_what_a_killed_server_was_sending_is_sent_again(store: Store, home: Home
     add(store, receiver.url)
     end_job(store)
     code = (
-        "import time; from loraport.clients.home import Home; from loraport.serve.jobs.webhooks import Webhooks; "
+        "import time; from loraport.clients.home import Home; from loraport.serve.finetuning.sender import Webhooks; "
         "from loraport.serve.store.store import open_store; "
         "Webhooks(open_store(Home.default()), allows_private=True).start(); time.sleep(600)"
     )

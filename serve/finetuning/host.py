@@ -31,11 +31,11 @@ from starlette.routing import Route
 from loraport.clients.errors import ConfigError, LoraportError, ResourceError
 from loraport.clients.home import Home
 from loraport.clients.terminal import say
+from loraport.serve.finetuning.options import Options
 from loraport.serve.gateway.access import authenticate
 from loraport.serve.gateway.calls import MARK
 from loraport.serve.gateway.forward import Gateway
 from loraport.serve.gateway.refusals import Refusal
-from loraport.serve.jobs.options import Options
 from loraport.serve.plan.hardware import count_replicas, split_gpus
 from loraport.serve.plan.settings import Wanted
 from loraport.serve.signals import ignored_signals
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
 
     from loraport.serve.adapters.live import Live
     from loraport.serve.engine.process import Launch
+    from loraport.serve.finetuning.sender import Webhooks
     from loraport.serve.finetuning.service import Service
+    from loraport.serve.finetuning.site import Site
     from loraport.serve.fleet import Fleet
     from loraport.serve.jobs.service import Queue
-    from loraport.serve.jobs.site import Site
-    from loraport.serve.jobs.webhooks import Webhooks
     from loraport.serve.store.store import Store
 
 LOCK = "jobs.lock"
@@ -105,7 +105,7 @@ class Host:
         self.tried.wait()
         if not self.has_queue or not any((self.home.root / "jobs").glob("*/process.json")):
             return
-        from loraport.serve.jobs.local import LocalRunner
+        from loraport.serve.runners.local import LocalRunner
 
         gpus = [name for names in split_gpus(count_replicas(wanted), wanted.tensor_parallel) for name in names]
         if stopped := LocalRunner(self.home).leave(gpus, LEAVE_S):
@@ -279,15 +279,15 @@ class Host:
 
     def start(self) -> None:
         """Everything that needs the engines' names and slots."""
+        from loraport.serve.finetuning.sender import Webhooks
         from loraport.serve.finetuning.service import Service
         from loraport.serve.finetuning.sweep import begin, sweep
         from loraport.serve.jobs.handover import Models
-        from loraport.serve.jobs.policy import Policy, Window
         from loraport.serve.jobs.service import Queue, smallest_gpu
         from loraport.serve.jobs.settings import QueueSettings
         from loraport.serve.jobs.validate import Validator
         from loraport.serve.jobs.watching import page
-        from loraport.serve.jobs.webhooks import Webhooks
+        from loraport.serve.pool.policy import Policy, Window
 
         assert self.engines is not None and self.store is not None and self.gateway is not None
         (fleet, live, launch), store, gateway = self.engines, self.store, self.gateway
@@ -338,7 +338,7 @@ class Host:
 
     def find_site(self, fleet: "Fleet", live: "Live") -> "Site | None":
         """Where jobs train; waits for a cluster that cannot be asked. None when the server ends before."""
-        from loraport.serve.jobs.site import here, on_cluster
+        from loraport.serve.finetuning.site import here, on_cluster
 
         gateway = self.gateway
         assert gateway is not None

@@ -17,14 +17,15 @@ import pytest
 
 from loraport.clients.errors import ResourceError, UsageError
 from loraport.clients.home import Home
-from loraport.serve.jobs.local import MARK
-from loraport.serve.jobs.on_ray import RayRunner, machine_of, renew
-from loraport.serve.jobs.options import Options
-from loraport.serve.jobs.seams import Exit, Share, Task
-from loraport.serve.jobs.site import on_cluster
+from loraport.serve.finetuning.options import Options
+from loraport.serve.finetuning.site import on_cluster
+from loraport.serve.pool.pool import Share
+from loraport.serve.runners.local import MARK
+from loraport.serve.runners.on_ray import RayRunner, machine_of, renew
+from loraport.serve.runners.seams import Exit, Task
 from tests.conftest import ROOT, free_port
 from tests.serving import wait_until
-from tests.test_jobs_local import TRAINER
+from tests.test_runners_local import TRAINER
 
 START_S = 90.0
 HEAD, OTHER = "127.0.0.3", "127.0.0.2"  # Ray gives 127.0.0.1 another address

@@ -13,17 +13,31 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from sqlalchemy.orm import Session
 
 from loraport.clients.errors import LoraportError
 from loraport.clients.terminal import say
-from loraport.serve.jobs.policy import Needs, Policy, Run, Window, Yield, decide
-from loraport.serve.jobs.pool import Pool, Room, engine_holder
-from loraport.serve.jobs.seams import Serving, Share
+from loraport.serve.pool.policy import Needs, Policy, Run, Window, Yield, decide
+from loraport.serve.pool.pool import Pool, Room, Share, engine_holder
 from loraport.serve.store.store import Store
 
 AGAIN_S = 30.0  # after an engine could not come back
+
+
+class Serving(Protocol):
+    """The engines of this endpoint, as a tenant of the GPUs."""
+
+    @property
+    def gpus(self) -> dict[int, int]:
+        """Bytes that the engines hold or will hold, by number of the GPU; empty where they use none."""
+
+    def suspend(self, reason: str, expected_s: float | None) -> None:
+        """Let running requests end, then end the engines and free their GPUs; requests get 503 until `resume`."""
+
+    def resume(self) -> None:
+        """Bring the engines back, with all adapters verified. Returns when they are ready; twice is fine."""
 
 
 @dataclass(frozen=True)

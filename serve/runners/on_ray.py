@@ -30,10 +30,10 @@ import httpx
 
 from loraport.clients.errors import ResourceError
 from loraport.clients.home import Home, write_json
-from loraport.serve.jobs.local import MARK, NICE, POLL_S, SHELL, read_exit, read_json
-from loraport.serve.jobs.pool import Gpu, Machine, Pool
-from loraport.serve.jobs.seams import Exit, Task
 from loraport.serve.plan.gpus import find_gpu
+from loraport.serve.pool.pool import Gpu, Machine, Pool
+from loraport.serve.runners.local import MARK, NICE, POLL_S, SHELL, read_exit, read_json
+from loraport.serve.runners.seams import Exit, Task
 
 ASK_S = 30.0
 MARGIN_S = 15.0  # for Ray to end what did not end by itself, and to say so

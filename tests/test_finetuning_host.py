@@ -15,9 +15,9 @@ from loraport.clients.errors import ResourceError, UsageError
 from loraport.clients.hardware import Device
 from loraport.clients.home import Home
 from loraport.serve.checks import open_adapters
+from loraport.serve.finetuning.host import Host
+from loraport.serve.finetuning.options import Options
 from loraport.serve.gateway.refusals import Refusal
-from loraport.serve.jobs.host import Host
-from loraport.serve.jobs.options import Options
 from loraport.serve.plan.choose import NO_SLOTS, plan
 from loraport.serve.plan.settings import Plan, Wanted, choose_slots
 from loraport.serve.plan.shape import read_shape

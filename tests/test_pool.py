@@ -9,9 +9,8 @@ import pytest
 
 from loraport.clients.hardware import Device
 from loraport.clients.home import Home
-from loraport.serve.jobs import pool as pool_module
-from loraport.serve.jobs.pool import Gpu, Machine, Pool, engine_holder, this_machine
-from loraport.serve.jobs.seams import Share
+from loraport.serve.pool import pool as pool_module
+from loraport.serve.pool.pool import Gpu, Machine, Pool, Share, engine_holder, this_machine
 from loraport.serve.store.store import Store, open_store
 
 GIB = 1 << 30

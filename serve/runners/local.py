@@ -35,9 +35,8 @@ import psutil
 
 from loraport.clients.errors import ResourceError, os_errors
 from loraport.clients.home import Home
-from loraport.serve.jobs import shell
-from loraport.serve.jobs.recipe import LOG
-from loraport.serve.jobs.seams import Exit, Task
+from loraport.serve.runners import shell
+from loraport.serve.runners.seams import LOG, Exit, Task
 
 MARK = "LORAPORT_JOB"
 SHELL = Path(shell.__file__)

@@ -21,8 +21,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 
 from loraport.clients.errors import UsageError
-from loraport.serve.jobs.pool import Room
-from loraport.serve.jobs.seams import Share
+from loraport.serve.pool.pool import Room, Share
 
 DAY_MINUTES = 24 * 60
 

@@ -1,0 +1,1 @@
+"""Who runs trainers: this machine, or a cluster."""

@@ -1,0 +1,1 @@
+"""`loraport jobs`: what the API offers, at the terminal."""
