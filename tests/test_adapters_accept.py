@@ -114,6 +114,13 @@ def test_what_vllm_cannot_do_without(tmp_path: Path) -> None:
     assert "does not say lora_alpha and target_modules, which vLLM needs." in message
 
 
+def test_a_base_is_told_from_an_adapter_that_lacks_something(base: Base, tmp_path: Path) -> None:
+    assert "is a base, not an adapter." in refusal(lambda: accept.check_servable(base.folder, V32))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "has no adapter_config.json." in refusal(lambda: accept.check_servable(empty, V32))
+
+
 def test_patterns_count_where_vllm_honours_them(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "lora", r=2, rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 1})
     accept.check_servable(folder, V32)

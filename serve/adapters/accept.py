@@ -48,6 +48,8 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        if (folder / "config.json").is_file():
+            raise AdapterError(f"{folder} is a base, not an adapter.", f"loraport serve --model {folder}") from error
         raise AdapterError(f"{folder} has no {CONFIG}.", "the folder is incomplete: train again") from error
     except (OSError, ValueError) as error:
         raise AdapterError(f"{folder / CONFIG} cannot be read: {error}.", "restore it, or train again") from error
