@@ -17,6 +17,7 @@ from loraport.bench.contenders.clients import AGAIN, OURS, choose, compare, conc
 from loraport.bench.contenders.load_clients import Client, GuideLLM, Ours, Outcome, VllmBench, Workload
 from loraport.bench.contenders.programs import run_program
 from loraport.bench.load.fleet import NullServer
+from loraport.bench.serving.comparable import figures_of
 from loraport.bench.serving.documents import read_parts
 from loraport.bench.serving.report_html import write_report
 from loraport.clients.errors import EndpointError, ResourceError, UsageError
@@ -208,6 +209,9 @@ def test_ours_alone_on_a_null_server(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert figures["own"]["output_tokens_per_second"] == figures["output_tokens_per_second"]
     told = capsys.readouterr().out
     assert "ours / ours again" in told and "by the same definitions" in told
+    compared = {each.key: each.value for each in figures_of(document)}
+    assert compared[OURS, "TTFT p50"] == pytest.approx(figures["ttft_ms"]["p50"], rel=1e-3)
+    assert compared[AGAIN, "TTFT p50, ratio"] == document["ratios"][AGAIN]["TTFT p50"]["ratio"]
     page = tmp_path / "report.html"
     write_report(page, read_parts([out]))
     assert "ours again" in page.read_text()

@@ -209,6 +209,20 @@ def adapters_figures(document: dict[str, Any]) -> Iterator[Figure]:
         yield Figure(where, "TTFT added", added.get("difference"), "ms", LOWER, decides=False, low=low, high=high)
 
 
+def clients_figures(document: dict[str, Any]) -> Iterator[Figure]:
+    """What each load client measured in its rounds, and its ratios to the first of them."""
+    for client in document["clients"]:
+        found = [one["clients"][client] for one in document["rounds"] if client in one["clients"]]
+        speeds = [one["output_tokens_per_second"] for one in found]
+        yield averaged(client, "output tokens/s", speeds, HIGHER, decides=False)
+        for name, key in TIMES[:2]:
+            yield averaged(client, f"{name} p50", [one[key]["p50"] for one in found], LOWER, unit="ms", decides=False)
+        for name, told in ((n, one) for n, one in document["ratios"].get(client, {}).items() if one):
+            yield Figure(
+                client, f"{name}, ratio", told["ratio"], "", "", decides=False, low=told["low"], high=told["high"]
+            )
+
+
 def any_figures(document: dict[str, Any], where: str = "") -> Iterator[Figure]:
     """Every number of a document of another kind, its place as its name; none decides."""
     for key, value in document.items():
@@ -240,6 +254,7 @@ READERS: dict[str, Reader] = {  # a bench that is not here is read by `any_figur
     "plan": plan_figures,
     "kv": kv_figures,
     "adapters": adapters_figures,
+    "clients": clients_figures,
 }
 
 
