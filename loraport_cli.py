@@ -163,6 +163,9 @@ GROUPS = {
 # Commands that hand on the flags they do not know, to the program that they start.
 HANDS_ON = {"aider": {"allow_extra_args": True, "ignore_unknown_options": True}}
 
+# Commands whose one document is a verdict: with --json an error is one too. Elsewhere it says that something is done.
+VERDICTS = ("data", "plan serve", "plan train")
+
 CLICK_USAGE_ERROR = typer.BadParameter.__mro__[1]  # Click's, which Typer may bring along under a name of its own
 SAME_SIGNAL_S = 5.0  # signals closer together than this are one
 
@@ -309,7 +312,7 @@ def run_command(arguments: list[str]) -> None:
             error = LoraportError(f"this is a bug of ours: {type(error).__name__}: {error}", hint).with_traceback(
                 error.__traceback__
             )
-        exit_with(error, debug)
+        exit_with(error, debug, is_json="--json" in arguments and command_of(arguments) in VERDICTS)
     finally:
         sys.stdout.flush()
 

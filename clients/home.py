@@ -66,7 +66,12 @@ class Home:
 
 
 def write_json(path: Path, document: Any, is_private: bool = False) -> None:
-    """Write `document` to `path` so that a reader sees the old text or the new, never half of it.
+    """Write `document` to `path` as JSON, whole or not at all."""
+    write_whole(path, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode(), is_private)
+
+
+def write_whole(path: Path, content: bytes, is_private: bool = False) -> None:
+    """Write `content` to `path` so that a reader sees what was there before or all of it, never half.
 
     That holds for threads and processes that write at once, and for a machine that loses power. `is_private`: the file
     gets mode 0600, wherever it lies.
@@ -75,8 +80,8 @@ def write_json(path: Path, document: Any, is_private: bool = False) -> None:
     with os_errors("writing", path):
         try:
             flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
-            with os.fdopen(os.open(partial, flags, 0o600 if is_private else 0o666), "w", encoding="utf-8") as file:
-                file.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+            with os.fdopen(os.open(partial, flags, 0o600 if is_private else 0o666), "wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)

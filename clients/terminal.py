@@ -5,6 +5,7 @@
 
 import json
 import sys
+import threading
 import traceback
 from pathlib import Path
 from shutil import which
@@ -17,6 +18,7 @@ from rich.text import Text
 from loraport.clients.errors import LoraportError
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
+has_document = threading.Event()  # on standard output: there is never a second one
 
 
 def say(message: str, style: str = "") -> None:
@@ -37,12 +39,19 @@ def printable(text: str) -> str:
 
 def print_json(document: Any) -> None:
     """Print the one JSON document of a command that was given `--json`."""
+    has_document.set()
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     sys.stdout.flush()
 
 
-def exit_with(error: LoraportError, debug: bool) -> NoReturn:
-    """Show an error as evidence, sentence and hint, and end with its exit code."""
+def exit_with(error: LoraportError, debug: bool, is_json: bool = False) -> NoReturn:
+    """Show an error as evidence, sentence and hint, and end with its exit code.
+
+    `is_json`: as the document too, where there is none yet: `kind`, the class, says what a program may do about it.
+    """
+    if is_json and not has_document.is_set():
+        said = {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
+        print_json({"error": said | {"exit_code": error.exit_code}})
     if debug:
         traceback.print_exception(error)
     for line in error.details:

@@ -122,6 +122,12 @@ def serve(
     jobs_ray: Annotated[
         str | None, typer.Option(help="URL of a Ray cluster's dashboard: it trains, and this machine serves.")
     ] = None,
+    jobs_per_key: Annotated[
+        int | None, typer.Option(min=1, help="Most jobs of one key that train at once. [default: as many as fit]")
+    ] = None,
+    jobs_time_limit: Annotated[
+        str, typer.Option(help="How long a job may train, all its starts together: 90m, 12h, 7d.")
+    ] = "24h",
     gpu_price: Annotated[
         float | None, typer.Option(min=0, help="Of a GPU-hour, in any currency: jobs' costs are told by it.")
     ] = None,
@@ -137,11 +143,8 @@ def serve(
     adapters, more = split_arguments(arguments or [])
     check_engine_flags(more)
     check_port(port)
-    options = (
-        Options.of(jobs_database, jobs_policy, jobs_window, gpu_price, private_webhooks, jobs_ray)
-        if jobs and not merge
-        else None
-    )
+    where = jobs_database, jobs_policy, jobs_window, gpu_price, private_webhooks, jobs_ray
+    options = Options.of(*where, jobs_per_key, jobs_time_limit) if jobs and not merge else None
     wanted = wish(
         context,
         gpu_memory_utilization,

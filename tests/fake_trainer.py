@@ -7,6 +7,7 @@
                      first `times` attempts only, -1: always. A step behind the last one: when the adapter is there
 `deaf`               whether it ignores SIGTERM
 `checkpoints`        the steps that become adapters
+`clock_s`            how much its clock is ahead of ours
 
 journal.txt in its folder tells what really happened: the lines `start PID`, `step N` and `end`.
 """
@@ -32,7 +33,7 @@ def journal(words: str) -> None:
 def say(kind: str, /, **fields: object) -> None:
     """A line of progress."""
     with (folder / "progress.jsonl").open("a") as file:
-        file.write(json.dumps({"at": time.time(), "type": kind} | fields) + "\n")
+        file.write(json.dumps({"at": time.time() + knobs.get("clock_s", 0.0), "type": kind} | fields) + "\n")
 
 
 def stop(number: int, _: object) -> None:

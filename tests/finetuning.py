@@ -1,5 +1,6 @@
 """The fine-tuning API on a real server, with a store on SQLite, no engine, and a queue that only counts its calls."""
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -49,6 +50,7 @@ class Api:
     service: Service
     queue: Queue
     keys_path: Path | None
+    loop: asyncio.AbstractEventLoop | None = None
     clients: list[Any] = field(default_factory=list)
 
     def key(self, name: str, **more: Any) -> str:
@@ -85,7 +87,7 @@ def serving(
     given = GatewaySettings("127.0.0.1", 0, keys_path=path)
     app = create_app(EngineState(), replace(given, **settings), more=[lambda gateway: routes(gateway, lambda: service)])
     with run_in_thread(app, "127.0.0.1", 0) as running:
-        api = Api(running.url, service, queue, path)
+        api = Api(running.url, service, queue, path, running.loop)
         try:
             yield api
         finally:

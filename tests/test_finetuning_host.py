@@ -3,31 +3,40 @@
 import contextlib
 import json
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import openai
+import psycopg
 import pytest
+from sqlalchemy.orm import Session
 
 from loraport.clients.errors import ResourceError, UsageError
 from loraport.clients.hardware import Device
 from loraport.clients.home import Home
 from loraport.serve.checks import open_adapters
-from loraport.serve.finetuning.host import Host
+from loraport.serve.finetuning import jobs
+from loraport.serve.finetuning.guard import Caller
+from loraport.serve.finetuning.host import Host, queue_settings
 from loraport.serve.finetuning.options import Options
+from loraport.serve.finetuning.service import Service
+from loraport.serve.gateway.access import ANYONE
 from loraport.serve.gateway.refusals import Refusal
+from loraport.serve.jobs.settings import QueueSettings
 from loraport.serve.plan.choose import NO_SLOTS, plan
 from loraport.serve.plan.settings import Plan, Wanted, choose_slots
 from loraport.serve.plan.shape import read_shape
 from loraport.serve.serve import Request, prepare
+from loraport.serve.store.ownership import QUEUE, Ownership
 from loraport.serve.store.store import open_store
 from loraport.serve.store.tables import Job, Status
 from loraport.serve.supervise import without_slots
 from loraport.train.base_model import Base
 from tests.conftest import ROOT
-from tests.finetuning import send
+from tests.finetuning import Queue, send
 from tests.postgres import Postgres
 from tests.serving import FAKE, Serving, serving, wait_until
 from tests.test_adapters_accept import base
@@ -113,6 +122,91 @@ def test_one_server_of_a_postgresql_has_the_jobs(
     assert not (home.root / "jobs.sqlite").exists()
 
 
+def test_who_loses_the_queue_of_a_postgresql_hands_over_and_has_it_again(
+    home: Home, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, postgres: Postgres
+) -> None:
+    url = postgres.fresh()
+    monkeypatch.setenv("LORAPORT_JOBS_DATABASE", url)
+    with serving(home, "--model", str(tiny_base), "--engine-command", FAKE) as running:
+        running.ready()
+        wait_until(lambda: code_of(running) is None, "the routes")
+        end_owner(url)  # as a network does that gives up
+        wait_until(lambda: owner(url) is not None, "the lock, taken again")
+        assert code_of(running) is None
+        with psycopg.connect(url, autocommit=True) as other:
+            waiting = threading.Thread(target=other.execute, args=(f"SELECT pg_advisory_lock({QUEUE})".encode(),))
+            waiting.start()
+            wait_until(lambda: count_waiting(url) == 1, "another server, which is next")
+            end_owner(url)
+            waiting.join()
+            wait_until(lambda: code_of(running) == "jobs_elsewhere", "the hand-over")
+            assert "another server has the queue" in running.text
+        wait_until(lambda: code_of(running) is None, "its turn again")
+        assert get(running, "/v1/fine_tuning/jobs").json()["data"] == []
+
+
+def locks(url: str, granted: bool) -> list[int]:
+    """The processes of PostgreSQL that have the lock of the queue, or wait for it."""
+    asked = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND objid = %s AND granted = %s"
+    with psycopg.connect(url) as connection:
+        return [pid for (pid,) in connection.execute(asked, (QUEUE, granted))]
+
+
+def owner(url: str) -> int | None:
+    """Who has the lock; None where nobody does."""
+    return next(iter(locks(url, True)), None)
+
+
+def count_waiting(url: str) -> int:
+    """How many wait for it."""
+    return len(locks(url, False))
+
+
+def end_owner(url: str) -> None:
+    """End the connection that has the lock."""
+    pid = owner(url)
+    with psycopg.connect(url) as connection:
+        assert connection.execute("SELECT pg_terminate_backend(%s)", (pid,)).fetchone() == (True,)
+    wait_until(lambda: owner(url) != pid, "its end")
+
+
+def test_a_database_that_goes_away_at_the_start_is_waited_for(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried: list[str] = []
+
+    def lack(_: Ownership) -> bool:
+        tried.append("")
+        if len(tried) == 3:
+            host.over.set()
+        raise ResourceError("the database of jobs cannot be used: it is gone.", "see whether it runs")
+
+    monkeypatch.setattr(Ownership, "take", lack)
+    monkeypatch.setattr("loraport.serve.finetuning.host.AGAIN_S", 0.01)
+    host = Host(Options.of(), home, 8000, "http://127.0.0.1:8000/v1")
+    host.run()
+    assert len(tried) == 3 and host.why_not.code == "jobs_store" and host.settled.is_set()
+    assert capsys.readouterr().err.count("warning") == 1
+    host.stop()
+
+
+def test_a_stop_leaves_no_service_that_was_being_made(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(Options.of(), home, 8000, "http://127.0.0.1:8000/v1")
+
+    def make_late() -> bool:
+        host.over.wait()
+        host.service = cast(Any, "made while the server ends")
+        return False
+
+    monkeypatch.setattr(host, "take_turn", make_late)
+    host.begin(cast(Any, None))
+    host.tried.wait()
+    host.stop()
+    with pytest.raises(Refusal) as caught:
+        host.find()
+    assert caught.value.code == "jobs_stopping"
+
+
 def test_a_database_that_cannot_be_is_said_before_the_engine_starts(
     home: Home, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +227,42 @@ def test_a_result_of_an_earlier_server_is_listed_by_the_next(home: Home, tiny_ba
         running.ready()
         assert "ft:base:loraport::1" in [card["id"] for card in get(running, "/v1/models").json()["data"]]
     assert (home.root / "jobs.lock").exists()
+
+
+@pytest.mark.parametrize(("words", "seconds"), [("90s", 90.0), ("1.5h", 5400.0), (" 7d ", 604800.0), ("30m", 1800.0)])
+def test_limits_of_jobs_are_said_at_the_start(words: str, seconds: float) -> None:
+    made = Options.of(per_key=2, time_limit=words)
+    settings = queue_settings(made)
+    assert (settings.rules.per_tenant, settings.time_limit_s) == (2, seconds)
+    assert queue_settings(Options.of()) == QueueSettings() == queue_settings(Options())
+
+
+@pytest.mark.parametrize("words", ["", "h", "0h", "12", "1h30m", "-1h", "1e3s", "nanh", "²h"])
+def test_a_time_limit_that_is_none_is_refused(words: str) -> None:
+    with pytest.raises(UsageError, match="is no length of time"):
+        Options.of(time_limit=words)
+
+
+def test_who_stops_a_job_sees_its_status_stay(home: Home, postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, refused = postgres.fresh(), list[str]()
+    store = open_store(home, url)
+    job = Job(tenant="-", model="base", training_file="file-1", seed=1, method={}, request_sha256="")
+    job.status = Status.RUNNING
+    with store.begin() as session:
+        session.add(job)
+    wanted = jobs.want
+
+    def end_meanwhile(session: Session, id: str, what: str) -> bool:
+        with psycopg.connect(url) as other, contextlib.suppress(psycopg.errors.LockNotAvailable):
+            other.execute("SET lock_timeout = '50ms'")
+            other.execute("UPDATE jobs SET status = 'queued' WHERE id = %s", (id,))
+            refused.append("it was changed")
+        return wanted(session, id, what)
+
+    monkeypatch.setattr(jobs, "want", end_meanwhile)
+    service = Service(home, store, Queue(), bases=lambda: ["base"])
+    assert jobs.ask_to_stop(service, Caller(ANYONE, "-"), job.id, "pause").wanted == "pause" and not refused
+    store.close()
 
 
 def test_slots_are_kept_for_what_will_be_trained(home: Home, tiny_base: Path) -> None:

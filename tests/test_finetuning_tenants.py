@@ -1,14 +1,17 @@
 """Whose things are whose: two keys and an admin's, permissions, webhooks, and what faces a network."""
 
+import asyncio
 import json
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import openai
 import pytest
 from openai.types.webhooks import WebhookEndpoint, WebhookEndpointWithSecret
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from loraport.clients.errors import EndpointError
 from loraport.clients.home import Home
@@ -19,7 +22,7 @@ from loraport.serve.gateway.server import run_in_thread
 from loraport.serve.gateway.settings import GatewaySettings
 from loraport.serve.gateway.state import EngineState
 from loraport.serve.store.changes import move
-from loraport.serve.store.tables import Checkpoint, Status, Webhook
+from loraport.serve.store.tables import Checkpoint, Job, Status, Webhook
 from tests.finetuning import Api, Dropping, send, serving
 from tests.gateway import error_of
 
@@ -254,7 +257,7 @@ def test_lost_answers_about_webhooks_and_permissions_do_no_harm(two: Two) -> Non
 def test_a_sample_is_sent_by_who_sends(home: Home) -> None:
     told: list[str] = []
 
-    def deliver(webhook: Webhook, kind: str) -> int:
+    async def deliver(webhook: Webhook, kind: str) -> int:
         if told:
             raise EndpointError("nobody answers.")
         told.append(f"{kind} to {webhook.url}")
@@ -268,6 +271,52 @@ def test_a_sample_is_sent_by_who_sends(home: Home) -> None:
         assert client.webhooks.test(made.id, event_type="fine_tuning.job.failed").status_code == 204
         assert told == ["fine_tuning.job.failed to http://127.0.0.1:9/h"]
         assert refused(lambda: client.webhooks.test(made.id, event_type="fine_tuning.job.failed")).status_code == 502
+
+
+def test_samples_hold_up_nobody_and_go_one_by_one(home: Home) -> None:
+    go, under_way = threading.Event(), threading.Semaphore(0)
+
+    async def deliver(webhook: Webhook, kind: str) -> int:
+        under_way.release()
+        while not go.is_set():
+            await asyncio.sleep(0.01)
+        return 204
+
+    kind: Any = "fine_tuning.job.failed"
+    with serving(home, has_keys=True) as api, ThreadPoolExecutor(8) as pool:
+        object.__setattr__(api.service, "test_webhook", deliver)
+        clients = {name: api.client(api.key(name)) for name in ("ann", "bob")}
+        hooks = {
+            name: client.webhooks.create(name="n", url="https://a.example/h", event_types=[kind]).id
+            for name, client in clients.items()
+        }
+        try:
+            samples = [
+                pool.submit(client.webhooks.test, hooks[name], event_type=kind) for name, client in clients.items()
+            ]
+            for _ in samples:
+                assert under_way.acquire(timeout=60)
+            error = refused(lambda: clients["ann"].webhooks.test(hooks["ann"], event_type=kind))
+            assert (error.status_code, error.code) == (429, "sample_under_way")
+        finally:
+            go.set()
+        assert [sample.result().status_code for sample in samples] == [204, 204]
+        assert clients["ann"].webhooks.test(hooks["ann"], event_type=kind).status_code == 204
+
+
+def test_what_a_deleted_model_was_shared_with_is_gone_with_it(home: Home) -> None:
+    with serving(home, has_keys=True) as api:
+        ann = api.client(api.key("ann"))
+        job = ann.fine_tuning.jobs.create(model="base", training_file=send(ann).id).id
+        with api.service.store.begin() as session:
+            move(session, job, {Status.VALIDATING}, Status.RUNNING)
+            move(session, job, {Status.RUNNING}, Status.SUCCEEDED, fine_tuned_model=MODEL, adapter="a@v1")
+        permissions = ann.fine_tuning.checkpoints.permissions
+        permissions.create(MODEL, project_ids=["bob"])
+        with api.service.store.begin() as session:
+            session.execute(update(Job).values(adapter=None))  # what DELETE /v1/models does
+        for call in (lambda: permissions.list(MODEL), lambda: permissions.create(MODEL, project_ids=["bob"])):
+            assert isinstance(refused(call), openai.NotFoundError)
 
 
 def test_the_description_covers_the_routes_and_promises_no_422(two: Two) -> None:

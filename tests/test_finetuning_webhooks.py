@@ -1,5 +1,6 @@
 """Webhooks: real receivers on loopback, the openai client's own verifier, and addresses that must not be reached."""
 
+import asyncio
 import json
 import os
 import signal
@@ -175,6 +176,26 @@ def test_a_slow_receiver_holds_nobody_up(store: Store, sender: Webhooks) -> None
     assert len(slow.got) == 5
 
 
+def test_one_tenant_leaves_room_for_the_others(store: Store, sender: Webhooks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhooks, "ANSWER_S", 600.0)
+    go = threading.Event()
+    anns = [Receiver(go=go) for _ in range(webhooks.TENANTS_AT_ONCE)]
+    bobs = Receiver()
+    for receiver in anns:
+        add(store, receiver.url)
+    add(store, bobs.url, tenant="bob")
+    for _ in range(webhooks.EACH_AT_ONCE):
+        end_job(store)
+    wait_until(lambda: len(sender.sending) == webhooks.TENANTS_AT_ONCE, "as many as one may have")
+    end_job(store, tenant="bob")
+    wait_until(lambda: len(bobs.got) == 1, "another's delivery")
+    assert len(sender.sending) <= webhooks.TENANTS_AT_ONCE + 1
+    assert sum(len(receiver.got) for receiver in anns) <= webhooks.TENANTS_AT_ONCE
+    go.set()
+    wait_until(lambda: not outbox(store), "all of them")
+    assert sum(len(receiver.got) for receiver in anns) == webhooks.EACH_AT_ONCE * len(anns)
+
+
 def test_what_a_killed_server_was_sending_is_sent_again(store: Store, home: Home) -> None:
     go = threading.Event()
     receiver = Receiver(go=go)
@@ -246,7 +267,7 @@ def test_a_name_that_means_this_machine_is_not_reached(store: Store, monkeypatch
     sender = Webhooks(store)
     sender.start()
     with pytest.raises(EndpointError) as caught:
-        sender.test(add(store, f"http://rebound.example:{port}/"), SUCCEEDED)
+        asyncio.run(sender.test(add(store, f"http://rebound.example:{port}/"), SUCCEEDED))
     sender.stop()
     assert "private" in caught.value.message and asked == ["rebound.example"] and receiver.got == []
 
@@ -263,7 +284,7 @@ def test_the_resolver_keeps_public_addresses(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_sample_says_what_the_receiver_answered(store: Store, sender: Webhooks) -> None:
     receiver = Receiver(418)
-    assert sender.test(add(store, receiver.url), FAILED) == 418
+    assert asyncio.run(sender.test(add(store, receiver.url), FAILED)) == 418
     assert json.loads(receiver.got[0][1])["type"] == FAILED and outbox(store) == []
 
 
@@ -272,12 +293,12 @@ def test_an_old_secret_signs_too_for_a_while(store: Store, sender: Webhooks) -> 
     webhook = add(store, receiver.url)
     old, webhook.secret = webhook.secret, new_secret()
     webhook.old_secret, webhook.old_secret_until = old, time.time() + 60
-    sender.test(webhook, SUCCEEDED)
+    asyncio.run(sender.test(webhook, SUCCEEDED))
     headers, body = receiver.got[0]
     for secret in (old, webhook.secret):
         openai.OpenAI(api_key="x", webhook_secret=secret).webhooks.verify_signature(body, headers)
     webhook.old_secret_until = time.time() - 1
-    sender.test(webhook, SUCCEEDED)
+    asyncio.run(sender.test(webhook, SUCCEEDED))
     assert len(receiver.got[1][0]["webhook-signature"].split()) == 1
 
 

@@ -1,6 +1,9 @@
 """`loraport jobs` against the API on a real server; nothing is trained, the test does what a queue would."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +17,9 @@ from loraport.clients.errors import ConfigError, EndpointError, Refused, Shortfa
 from loraport.clients.home import Home
 from loraport.clients.models import ModelCard
 from loraport.serve.finetuning.options import Options
+from loraport.serve.gateway.cli import keys_create, keys_revoke
 from loraport.serve.store.changes import move, tell
+from loraport.serve.store.store import open_store
 from loraport.serve.store.tables import Checkpoint, File, Job, Status
 from loraport.serve.terminal import cli, submission
 from loraport.serve.terminal.submission import Wish, key_for, settings_of
@@ -25,6 +30,12 @@ from tests.finetuning import Api, jsonl, serving
 @pytest.fixture
 def api(home: Home, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
     """An API that every command finds."""
+    away = EndpointError("the engine is away.")  # which it is; the client would ask it three times, for ten seconds
+
+    def list_models(_: object) -> list[ModelCard]:
+        raise away
+
+    monkeypatch.setattr(submission, "list_models", list_models)
     with serving(home) as api:
         monkeypatch.setenv("OPENAI_BASE_URL", f"{api.url}/v1")
         yield api
@@ -186,6 +197,21 @@ def test_all_that_a_trainer_says_is_printed(
     assert capsys.readouterr().out == f"{text}the end\n"
 
 
+def test_a_trainer_does_not_steer_the_terminal_and_tells_no_places(
+    api: Api, rows: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraport.serve.finetuning.own.MOST_BYTES", 200)
+    job_id = created(api, capsys, rows)["id"]
+    root, user = api.service.home.root, Path.home()
+    lines = [f"{root}/jobs/{job_id}/training.jsonl", f"{user}/lib/x.py", "\x1b]0;owned\x07\x1b[2J", " 10%\r 20%"]
+    (root / "jobs" / job_id / "train.log").write_text("".join(f"{line}\n" for line in [*lines, *map(str, range(100))]))
+    cli.jobs_logs(job_id)
+    shown = [f"$LORAPORT_HOME/jobs/{job_id}/training.jsonl", "~/lib/x.py", r"\x1b]0;owned\x07\x1b[2J", " 10%", " 20%"]
+    assert capsys.readouterr().out.split("\n") == [*shown, *map(str, range(100)), ""]
+    answer = api.http().get(f"/v1/fine_tuning/jobs/{job_id}/log")
+    assert str(root) not in answer.text and int(answer.headers["x-log-end"]) > len(answer.content)
+
+
 def test_another_tenant_reads_no_log(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(home, has_keys=True) as api:
         job = Job(tenant="ann", model="base", training_file="file-1", seed=1, method={}, request_sha256="")
@@ -239,3 +265,22 @@ def test_the_database_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch
     options = Options.of()
     assert options.database == "postgresql://me:secret@box/jobs" and "secret" not in repr(options)
     assert Options.of(database="postgresql://box/jobs").database == "postgresql://box/jobs"
+
+
+def test_a_key_that_inherits_is_told_so(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    keys_create("first")
+    assert "earlier key" not in capsys.readouterr().err  # there is no database
+    store = open_store(home)
+    with store.begin() as session:
+        session.add(Job(tenant="ann", model="base", training_file="f", seed=1, method={}, request_sha256=""))
+        for status in ("processed", "processed", "deleted"):
+            session.add(File(tenant="ann", filename="", purpose="", bytes=1, sha256="", status=status))
+    keys_create("ann")
+    assert "2 files and 1 job of an earlier key named ann" in capsys.readouterr().err
+    store.close()
+    keys_revoke("ann")
+    code = "import sys; from loraport.serve.gateway.cli import keys_create as create; create('ann'); create('bob'); "
+    code += "assert 'sqlalchemy' not in sys.modules"
+    given = {"env": os.environ | {"LORAPORT_HOME": str(home.root)}, "capture_output": True, "text": True}
+    said: Any = subprocess.run([sys.executable, "-c", code], **given)  # type: ignore[call-overload]
+    assert said.returncode == 0 and said.stderr.count("earlier key named ann") == 1 == said.stderr.count("earlier key")

@@ -393,10 +393,10 @@ def test_a_request_waits_for_its_model_and_then_is_told_when_to_come_back(
         name = box.succeed(steps=(5,))
         go, loads = threading.Event(), []
 
-        def load(wanted: tuned.Tuned) -> None:
+        def load(wanted: tuned.Tuned, key: keys.Key) -> None:
             loads.append(wanted.name)
             go.wait(60)
-            Models.load(box.models, wanted)
+            Models.load(box.models, wanted, key)
 
         monkeypatch.setattr(box.models, "load", load)
         for _ in range(2):  # the second waits for the same load

@@ -118,7 +118,7 @@ def test_settings_that_contradict_each_other_are_refused_in_words(store: Store, 
 
 def test_what_does_not_fit_is_refused() -> None:
     verdict = "It does not fit: 30.1 GiB of 23.5 GiB."
-    found = judge_plan(Ran(3, json.dumps({"fits": False, "verdict": verdict}), ()))
+    found = judge_plan(Ran(3, json.dumps({"fits": False, "verdict": verdict}), ()), {})
     assert found == Unfit({"code": "insufficient_memory", "message": verdict, "param": None})
 
 
@@ -134,6 +134,48 @@ def test_a_machine_that_lacks_disk_is_asked_again(store: Store, home: Home) -> N
     )
     assert isinstance(found, Later) and found.error["code"] == "resources_lacking"
     assert str(home.root) not in found.error["message"]
+
+
+def failing(error: dict[str, Any], code: int) -> tuple[str, ...]:
+    """A program that ends as ours do with an error, and --json."""
+    words = f"error: {error['message']}\nhint: {error['hint']}\n"
+    script = (
+        f"import sys; sys.stdout.write({json.dumps({'error': error})!r}); sys.stderr.write({words!r}); sys.exit({code})"
+    )
+    return (sys.executable, "-c", script)
+
+
+def test_a_check_for_which_the_machine_lacks_something_is_done_again(store: Store, home: Home) -> None:
+    error = {"kind": "ResourceError", "message": f"no disk space left while writing {home.root}/cache.", "hint": "free"}
+    job = job_of(upload(store, home, ROWS))
+    found = Validator(store, home, "base", QueueSettings(), program=failing(error, 3)).check(job, lambda: False)
+    assert isinstance(found, Later) and found.error["code"] == "resources_lacking"
+    assert found.error["message"] == "no disk space left while writing the home/cache."
+    error["kind"] = "DataError"
+    found = Validator(store, home, "base", QueueSettings(), program=failing(error, 3)).check(job, lambda: False)
+    assert isinstance(found, Unfit) and found.error["code"] == "invalid_training_file"
+
+
+@pytest.mark.parametrize("code", [1, 2, 3])
+def test_no_path_of_this_machine_reaches_a_client(store: Store, home: Home, tmp_path: Path, code: int) -> None:
+    folder = job_folder(home, "ftjob-1")
+    words = f"{folder}/training.jsonl, {folder}, {home.root}/x and {tmp_path}/bases/model."
+    program = failing({"kind": "DataError", "message": words, "hint": f"look at {home.root}"}, code)
+    validator = Validator(store, home, tmp_path / "bases" / "model", QueueSettings(), program=program)
+    found = validator.check(job_of(upload(store, home, ROWS)), lambda: False)
+    assert isinstance(found, Unfit | Later) and "/" not in found.error["message"].replace("the home/x", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [(("plan", "train", "--model", "/none"), "BaseModelError"), (("data", "check", "/none.jsonl"), "ConfigError")],
+)
+def test_an_error_of_a_check_is_its_document(command: tuple[str, ...], kind: str, home: Home) -> None:
+    words = [sys.executable, "-m", "loraport_cli", *command, "--json"]
+    ran = run(words, home.ensure(home.root), "check", Bounds(120.0, 16 * GIB), lambda: False)
+    error = json.loads(ran.out)["error"]
+    assert error["exit_code"] == ran.code and error["kind"] == kind
+    assert f"error: {error['message']}" in ran.said and f"hint: {error['hint']}" in ran.said
 
 
 def test_a_gpu_and_hours_of_a_plan_are_what_the_queue_goes_by(store: Store, home: Home) -> None:

@@ -154,3 +154,38 @@ def test_a_job_that_dbos_has_lost_is_followed_again(home: Home) -> None:
         assert wait(queue, job_id).status == Status.SUCCEEDED
         queue.durable.ensure(job_id, 1)  # over for both
     assert Path(home.root / "jobs" / job_id / "journal.txt").read_text().count("start") == 1
+
+
+def test_jobs_that_another_server_has_are_left_to_it(home: Home) -> None:
+    engine = Engine({0: 9})
+    queue = make_queue(home, gpus=1, engine=engine, policy=Policy.YIELD)
+    queue.start()
+    job_id = submit(queue, steps=100, step_s=0.02)
+    wait_for(lambda: is_training(home, job_id))
+    queue.abandon()
+    assert journal(home, job_id)[-1] == "end" and engine.told == ["suspend", "resume"]
+    job = get(queue, job_id)
+    assert (job.status, job.attempt) == (Status.RUNNING, 1)  # nothing is written of what is another's
+    queue.parts.store.close()
+    with serving(home, gpus=1) as queue:
+        assert wait(queue, job_id).status == Status.SUCCEEDED
+
+
+def test_nothing_is_begun_by_who_may_have_lost_the_queue(home: Home) -> None:
+    queue = make_queue(home)
+    asked: list[bool] = []
+    is_sure = False
+
+    def is_owner() -> bool:
+        asked.append(is_sure)
+        return is_sure
+
+    queue.is_owner = is_owner
+    queue.start()
+    job_id = submit(queue, steps=1)
+    wait_for(lambda: len(asked) > 3)
+    assert get(queue, job_id).status == Status.VALIDATING
+    is_sure = True
+    assert wait(queue, job_id).status == Status.SUCCEEDED
+    queue.close()
+    queue.parts.store.close()

@@ -14,13 +14,19 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
-from sqlalchemy import select
+import pytest
+from sqlalchemy import select, update
 
+from loraport.clients.errors import ResourceError
 from loraport.clients.home import Home
+from loraport.serve.jobs.attempt import Attempts
+from loraport.serve.jobs.durable import Leaving
+from loraport.serve.jobs.outcome import Fault
+from loraport.serve.jobs.words import failure
 from loraport.serve.store.store import Store, open_store
 from loraport.serve.store.tables import ENDED, Event, Job, Lease, Status
 from tests.postgres import Postgres
-from tests.queue_kit import Server, get, journal, make_queue, submit, wait, wait_for
+from tests.queue_kit import Server, get, journal, make_queue, serving, submit, wait, wait_for
 
 TENANTS = ("ann", "bob", "cat")
 
@@ -159,6 +165,22 @@ def test_a_queue_that_starts_without_its_database_waits_for_it(home: Home, tmp_p
         queue.parts.store.close()
 
 
+def test_a_trainer_that_nobody_follows_ends_with_its_server(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DBOS ends a workflow between two steps where it cannot write down that the first is over."""
+
+    def never(*_: object) -> None:
+        raise Leaving
+
+    monkeypatch.setattr(Attempts, "follow", never)
+    queue = make_queue(home)
+    queue.start()
+    job_id = submit(queue, steps=10_000, step_s=0.01)
+    wait_for(lambda: trainers(home) and not queue.durable.under_way.jobs)
+    queue.close()
+    assert trainers(home) == [] and journal(home, job_id)[-1] == "end"
+    queue.parts.store.close()
+
+
 def test_without_its_database_a_queue_ends_and_takes_its_trainers_along(home: Home, tmp_path: Path) -> None:
     with Postgres.started(tmp_path / "server") as postgres:
         queue = make_queue(home, postgres.fresh())
@@ -171,6 +193,45 @@ def test_without_its_database_a_queue_ends_and_takes_its_trainers_along(home: Ho
         postgres.start()
         assert get(queue, job_id).status == Status.RUNNING  # to be gone on with
         queue.parts.store.close()
+
+
+def test_attempts_that_nobody_saw_end_are_counted_by_themselves(home: Home) -> None:
+    queue = make_queue(home, lost_attempts=2)
+    finishing, error = queue.attempts.finishing, failure("training_failed", "nobody saw its end.")
+    job_id = submit(queue)
+
+    def after(fault: Fault, attempt: int) -> Job:
+        with queue.parts.store.begin() as session:
+            session.execute(update(Job).where(Job.id == job_id).values(status=Status.RUNNING, attempt=attempt))
+        finishing.try_again(get(queue, job_id), fault)
+        return get(queue, job_id)
+
+    job = after(Fault(error), attempt=9)  # eight of them ended by pauses and restarts
+    assert (job.status, job.faults, job.lost) == (Status.QUEUED, 1, 0)
+    job = after(Fault(error, counts=False), attempt=10)
+    assert (job.status, job.faults, job.lost) == (Status.QUEUED, 1, 1)
+    job = after(Fault(error, counts=False), attempt=11)
+    assert (job.status, job.faults, job.lost) == (Status.FAILED, 1, 2)
+    queue.parts.store.close()
+
+
+def test_a_trainer_that_cannot_be_started_is_told_without_paths(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise ResourceError(f"no room in {home.root}/jobs.", f"look into {home.root}")
+
+    with serving(home, attempts=1) as queue:
+        monkeypatch.setattr(queue.parts.runner, "start", refuse)
+        job = wait(queue, submit(queue))
+    assert job.error and job.error["code"] == "resources_lacking"
+    assert job.error["message"].startswith("no room in the home/jobs. Look into the home.")
+
+
+@pytest.mark.parametrize("clock_s", [-3600.0, 3600.0])
+def test_a_trainer_whose_clock_is_wrong_is_believed(home: Home, clock_s: float) -> None:
+    fault = {"step": 2, "code": 3, "times": 1, "error": {"kind": "ResourceError", "message": "no disk."}}
+    with serving(home) as queue:
+        job = wait(queue, submit(queue, steps=3, clock_s=clock_s, fail=fault))
+    assert (job.status, job.attempt, job.faults) == (Status.SUCCEEDED, 2, 1)
 
 
 def main(rounds: int, seed: int = 0) -> None:

@@ -12,10 +12,11 @@ from loraport.serve.jobs.order import Rules, Running, Waiting, choose, decayed
 
 @dataclass
 class Box:
-    """A machine in virtual time: jobs take as long as `lengths` says, whatever was estimated."""
+    """Machines in virtual time: jobs take as long as `lengths` says, whatever was estimated. `gpus`: of each node."""
 
     gpus: int
     rules: Rules = field(default_factory=Rules)
+    nodes: int = 1
     now: float = 0.0
     waiting: list[Waiting] = field(default_factory=list)
     running: dict[str, tuple[Running, float]] = field(default_factory=dict)  # with its real end
@@ -31,29 +32,42 @@ class Box:
         self.jobs[job.id], self.lengths[job.id] = job, length
 
     @property
-    def free(self) -> int:
-        """GPUs that nobody has."""
-        return self.gpus - sum(job.gpus for job, _ in self.running.values())
+    def free(self) -> dict[str, int]:
+        """GPUs that nobody has, by node."""
+        left = {f"n{number}": self.gpus for number in range(self.nodes)}
+        for job, _ in self.running.values():
+            left[job.node or ""] -= job.gpus
+        return left
 
     def tick(self) -> list[str]:
         """Start what starts now."""
-        room = [self.free]
+        left, places = self.free, dict[str, str]()
 
-        def take(job: Waiting) -> int | None:
-            if job.gpus > room[0]:
+        def take(job: Waiting, avoid: str | None) -> int | None:
+            fitting = [node for node, count in left.items() if count >= job.gpus and node != avoid]
+            if not fitting:
                 return None
-            room[0] -= job.gpus
+            places[job.id] = fitting[0]
+            left[fitting[0]] -= job.gpus
             return job.gpus
 
-        running = [job for job, _ in self.running.values()]
-        chosen = choose(self.waiting, running, self.used, gpus=self.gpus, take=take, now=self.now, rules=self.rules)
+        chosen = choose(
+            self.waiting,
+            [job for job, _ in self.running.values()],
+            self.used,
+            gpus=self.gpus,
+            take=take,
+            now=self.now,
+            free=lambda: dict(left),
+            rules=self.rules,
+        )
         for name in chosen:
             job = self.jobs[name]
-            run = Running(job.tenant, job.gpus, self.now, job.estimated_s)
+            run = Running(job.tenant, job.gpus, self.now, job.estimated_s, places[name])
             self.running[name] = (run, self.now + self.lengths[name])
         self.waiting = [job for job in self.waiting if job.id not in chosen]
         self.started += chosen
-        assert self.free >= 0 and len(set(self.started)) == len(self.started)
+        assert min(self.free.values()) >= 0 and len(set(self.started)) == len(self.started)
         return chosen
 
     def advance(self) -> None:
@@ -149,6 +163,30 @@ def test_gpus_that_a_reservation_does_not_need_are_no_matter_of_it() -> None:
     assert box.tick() == ["j3"]
 
 
+def test_what_is_spare_is_not_spent_on_a_job_that_does_not_start() -> None:
+    waiting = [job("j1", gpus=3), job("j2", "bob"), job("j3", "cat")]
+    running = [Running("dan", 2, 0.0, 100.0)]
+
+    def take(job: Waiting, _: str | None) -> int | None:
+        return None if job.id == "j2" else job.gpus  # the engine does not leave for j2
+
+    assert choose(waiting, running, {}, gpus=4, take=take, now=0.0) == ["j3"]
+
+
+def test_free_gpus_of_several_nodes_do_not_add_up() -> None:
+    box = Box(2, nodes=2)
+    for number, node, length in ((1, "n0", 100.0), (2, "n1", 200.0)):
+        box.running[f"j{number}"] = (Running("ann", 1, 0.0, length, node), length)
+    box.submit(job("j3", "bob", gpus=2), 50.0)  # n0 is reserved for t = 100
+    box.submit(job("j4", "cat"), 900.0)
+    box.submit(job("j5", "dan"), 900.0)
+    box.submit(job("j6", "eve", estimated_s=90.0), 90.0)
+    assert box.tick() == ["j4", "j6"] and box.free == {"n0": 0, "n1": 0}
+    box.advance()
+    box.advance()
+    assert box.now == 100.0 and box.tick() == ["j3"]
+
+
 def test_a_job_that_the_machine_cannot_hold_blocks_nobody() -> None:
     box = Box(2)
     box.submit(job("j1", gpus=3), 10.0)
@@ -160,7 +198,7 @@ def test_a_job_that_the_machine_cannot_hold_blocks_nobody() -> None:
 def test_a_job_that_may_share_starts_where_no_gpu_is_free() -> None:
     taken: list[str] = []
 
-    def take(job: Waiting) -> int | None:
+    def take(job: Waiting, _: str | None) -> int | None:
         taken.append(job.id)
         return 0
 
@@ -182,7 +220,7 @@ def test_who_has_waited_for_long_goes_first_even_if_it_used_more() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_every_job_starts_once_whatever_they_are_and_however_wrong_the_estimates(seed: int) -> None:
     dice = random.Random(seed)
-    box = Box(dice.choice([1, 2, 4, 8]), Rules(per_tenant=dice.choice([None, 1, 3])))
+    box = Box(dice.choice([1, 2, 4, 8]), Rules(per_tenant=dice.choice([None, 1, 3])), dice.choice([1, 1, 3]))
     arrivals = sorted(dice.uniform(0, 2000) for _ in range(120))
     pending = [(at, number) for number, at in enumerate(arrivals, 1)]
     heapq.heapify(pending)
@@ -211,14 +249,15 @@ def test_every_job_starts_once_whatever_they_are_and_however_wrong_the_estimates
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_large_job_starts_while_small_ones_never_stop_coming(seed: int) -> None:
+@pytest.mark.parametrize("nodes", [1, 4])
+def test_a_large_job_starts_while_small_ones_never_stop_coming(seed: int, nodes: int) -> None:
     dice = random.Random(seed)
-    box = Box(8)
+    box = Box(8 // nodes, nodes=nodes)
     number = 1
     for _ in range(16):
         box.submit(job(f"j{(number := number + 1)}", f"t{dice.randrange(9)}", estimated_s=100.0), dice.uniform(50, 120))
     box.tick()
-    box.submit(job("j1", "big", gpus=8, estimated_s=60.0, since=0.0), 60.0)
+    box.submit(job("j1", "big", gpus=box.gpus, estimated_s=60.0, since=0.0), 60.0)
     while "j1" not in box.started:
         box.advance()
         for _ in range(3):  # more than ends

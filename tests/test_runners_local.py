@@ -219,6 +219,57 @@ def test_a_command_that_is_none_is_refused_in_words(runner: LocalRunner, home: H
     assert ended(runner) == Exit(127)
 
 
+def test_a_shell_that_does_not_answer_is_ended_with_all_that_it_began(
+    runner: LocalRunner, home: Home, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hanging = tmp_path / "hanging.py"
+    hanging.write_text(
+        "import os, time, pathlib, sys\nif not os.fork(): os.environ.clear()\n"
+        "pathlib.Path(sys.argv[1], f'pid{os.getpid()}').touch()\ntime.sleep(600)"
+    )
+    folder = home.root / "jobs" / JOB
+
+    def lose_patience(*_: object) -> str:
+        wait_until(lambda: len(list(folder.glob("pid*"))) == 2, "the shell and its child")
+        return "its shell does not answer"
+
+    monkeypatch.setattr(local, "SHELL", hanging)
+    monkeypatch.setattr(local, "read_all", lose_patience)
+    with pytest.raises(ResourceError, match="its shell does not answer"):
+        runner.start(task(home))
+    pids = [int(path.name[3:]) for path in folder.glob("pid*")]
+    assert not [pid for pid in pids if local.shell.identity(pid)[1]]
+    assert not runner.is_running(JOB)
+    monkeypatch.undo()
+    runner.start(task(home, 0.1))
+    assert ended(runner) == Exit(0)
+
+
+def test_a_stranger_that_got_the_number_of_a_shell_is_left_alone(runner: LocalRunner, home: Home) -> None:
+    """The shell is long gone; somebody else leads a session of that number, and has left a process in it."""
+    leader = "import os, sys\nif os.fork(): os._exit(0)\nos.execvp('sleep', ['sleep', '600'])"
+    gone = subprocess.Popen([sys.executable, "-I", "-S", "-c", leader], start_new_session=True)
+    gone.wait()
+    stranger = next(each for each in psutil.process_iter() if session_of(each.pid) == gone.pid)
+    try:
+        folder = home.ensure(home.root / "jobs" / JOB)
+        known = {"attempt": 1, "boot": local.shell.boot_id(), "shell": [gone.pid, 5], "trainer": [gone.pid, 5]}
+        (folder / "process.json").write_text(json.dumps(known))
+        assert not runner.is_running(JOB) and runner.outcome(JOB) == Exit(None)
+        runner.stop(JOB, 0)
+        assert stranger.is_running() and stranger.status() != psutil.STATUS_ZOMBIE
+    finally:
+        stranger.kill()
+
+
+def session_of(pid: int) -> int | None:
+    """The session of a process; None where it is gone."""
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
+
+
 @pytest.fixture
 def small_disk(home: Home) -> Iterator[Path]:
     """The folder of the job, on a disk of its own that is soon full."""

@@ -102,9 +102,10 @@ def test_all_leave_and_come_back_and_no_crash_is_counted(home: Home, tiny_base: 
         assert [keeper.crashes for keeper in fleet.keepers] == [[]] * replicas
         fleet.crash()
         wait_until(lambda: len(fleet.keepers[0].crashes) == 1, "it is watched again")
-        wait_until(lambda: fleet.phases[0] is Phase.READY, "it is started again")
-    outcomes = [start["outcome"] for start in read_starts(home)]
-    assert outcomes == ["ready"] * (4 * replicas + 1)
+        starts = 4 * replicas + 1
+        wait_until(lambda: len(read_starts(home)) == starts, "it is started again")
+        wait_until(lambda: fleet.phases[0] is Phase.READY, "it is ready again")
+    assert [start["outcome"] for start in read_starts(home)] == ["ready"] * starts
 
 
 def test_requests_are_told_why_and_when(home: Home, tiny_base: Path) -> None:

@@ -13,9 +13,23 @@ from sqlalchemy.exc import IntegrityError, NoResultFound
 
 from loraport.clients.errors import ConfigError, ResourceError
 from loraport.clients.home import Home
+from loraport.serve.jobs.durable import dbos_url
 from loraport.serve.store.changes import move, page, tell
+from loraport.serve.store.home_lock import HomeLock
+from loraport.serve.store.ownership import FRESH_S, SETTLE_S, Ownership
 from loraport.serve.store.store import Store, open_store
-from loraport.serve.store.tables import Delivery, Event, Job, Lease, Status, Table, Webhook
+from loraport.serve.store.tables import (
+    Checkpoint,
+    Delivery,
+    Event,
+    Job,
+    Lease,
+    Permission,
+    Status,
+    Table,
+    Webhook,
+)
+from tests.postgres import Postgres
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -163,3 +177,66 @@ def test_a_database_that_cannot_be_written_is_a_resource_that_lacks(home: Home, 
             other.execute(text("PRAGMA query_only = ON"))
             other.add(Lease(holder="a", node="b", gpu=0))
     store.close()
+
+
+def test_one_owner_of_a_postgresql_at_a_time(postgres: Postgres, home: Home) -> None:
+    url = postgres.fresh()
+    stores = [open_store(home, url) for _ in range(2)]
+    first, second = map(Ownership, stores)
+    assert not first.is_sure and first.take() and first.is_sure and first.holds() and not second.take()
+    assert 0 < first.wait_s <= SETTLE_S and not second.is_sure and not second.holds()
+    postgres.restart()
+    assert not first.holds() and second.take_again() and first.take_again() is False and not first.is_sure
+    second.drop()
+    assert first.take_again() and not second.holds()
+    postgres.stop()
+    assert not first.holds() and first.take_again() is None
+    postgres.start()
+    assert first.take_again() and first.holds()
+    for ownership, store in zip((first, second), stores, strict=True):
+        ownership.drop()
+        store.close()
+
+
+def test_a_look_counts_for_a_while(postgres: Postgres, home: Home) -> None:
+    store = open_store(home, postgres.fresh())
+    ownership = Ownership(store)
+    assert ownership.take()
+    ownership.seen_at -= FRESH_S
+    assert not ownership.is_sure and ownership.holds() and ownership.is_sure
+    ownership.drop()
+    assert not ownership.is_sure
+    store.close()
+
+
+def test_of_sqlite_the_lock_file_decides(home: Home) -> None:
+    store = open_store(home)
+    ownership = Ownership(store)
+    assert ownership.take() and ownership.holds() and ownership.is_sure and ownership.wait_s == 0.0
+    ownership.drop()
+    store.close()
+    first, second = HomeLock(home), HomeLock(home)
+    assert first.take("http://a/v1") and not second.take("http://b/v1") and second.owner() == "http://a/v1"
+    first.drop()
+    assert second.take("http://b/v1") and first.owner() == "http://b/v1"
+    second.drop()
+
+
+def test_a_postgresql_that_is_unplugged_is_noticed(postgres: Postgres, home: Home) -> None:
+    store = open_store(home, f"{postgres.fresh()}?connect_timeout=3")
+    raw = store.engine.raw_connection()
+    known: dict[str, str] = raw.driver_connection.info.get_parameters()  # type: ignore[union-attr]
+    raw.close()
+    assert known["connect_timeout"] == "3" and known["tcp_user_timeout"] == "20000" and known["keepalives_idle"] == "10"
+    assert "tcp_user_timeout" in dbos_url(store.url, home)
+    store.close()
+
+
+def test_a_model_of_a_base_with_a_long_name_is_kept(store: Store) -> None:
+    name = f"ft:{'b' * 300}:ann::1"
+    job_id = new_job(store, fine_tuned_model=name)
+    with store.begin() as session:
+        session.add(Checkpoint(job_id=job_id, step=1, model=f"{name}:ckpt-step-1", adapter="a@v1", metrics={}))
+        session.add(Permission(model=name, tenant="bob", granted_by="ann"))
+    with store.read() as session:
+        assert session.scalars(select(Job.fine_tuned_model)).one() == name

@@ -2,7 +2,8 @@
 
 OpenAI's clients repeat a request after a lost connection, 408, 409, 429 and 5xx, without an idempotency key, but with
 `x-stainless-retry-count` above 0: then the same body of the same tenant within a quarter of an hour is the same
-request. Others send `Idempotency-Key`, which says so by itself, for a day.
+request, unless it was refused before, or its client has heard of what the earlier one made (guard.Answers). Others send
+`Idempotency-Key`, which says so by itself, for a day.
 
     >>> made = sent_before(session, Job, caller, fingerprint(caller, body))
 """
@@ -14,12 +15,13 @@ from typing import TypeVar
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from loraport.serve.finetuning.guard import Caller
+from loraport.serve.finetuning.guard import AGAIN_S, Caller
 from loraport.serve.gateway.refusals import bad_request
 from loraport.serve.store.tables import File, Job, Upload
 
 Made = TypeVar("Made", File, Upload, Job)
-AGAIN_S, KEYED_S = 15 * 60, 24 * 60 * 60
+KEYED_S = 24 * 60 * 60.0
+MOST_ALIKE = 100  # equal requests of one tenant that are looked at, the newest
 HALF = 32  # hexadecimal digits of the key's hash, and of the body's
 
 
@@ -45,5 +47,5 @@ def sent_before(session: Session, kind: type[Made], caller: Caller, found: str) 
         return made
     if not caller.is_again:
         return None
-    asked = asked.where(kind.request_sha256 == found, kind.created_at > time.time() - AGAIN_S)
-    return session.scalars(asked).first()
+    asked = asked.where(kind.request_sha256 == found, kind.created_at > time.time() - AGAIN_S).limit(MOST_ALIKE)
+    return next((made for made in session.scalars(asked) if made.id not in caller.answers.heard), None)

@@ -8,7 +8,6 @@ A file to train on is checked while it arrives (lines.py). The content is on dis
 before anybody hears of it.
 """
 
-import asyncio
 import time
 from typing import Annotated, Any, Literal
 
@@ -86,12 +85,12 @@ async def receive(request: Request, service: Service, caller: Caller) -> FileObj
     """Take a file in; nothing is left of it where it is refused, or where the client or the server goes away."""
     quotas, declared = service.quotas, request.headers.get("content-length", "")
     with taken(service.room, caller.tenant) as counts:
-        take = await asyncio.to_thread(taker, service, caller.tenant, counts)
+        take = await service.aside(taker, service, caller.tenant, counts)
         require_space(service.files, min(int(declared), quotas.file_bytes) if declared.isdigit() else 0)
         with Arriving(service.files, new_id("file-"), quotas.file_bytes, take, is_checked=True) as arriving:
-            form = await receive_form(request, "file", arriving, request.app.state.gateway.settings.body_s)
+            form = await receive_form(request, "file", arriving, service)
             wish, arriving.is_handed = wish_of(form), True
-            return FileObject.of(await asyncio.to_thread(keep, service, caller, arriving, wish))
+            return FileObject.of(await service.aside(keep, service, caller, arriving, wish))
 
 
 def wish_of(form: Form) -> Wish:
@@ -118,7 +117,7 @@ def remove(service: Service, caller: Caller, id: str) -> None:
     """Delete a file. Jobs that use it keep what they need: they have links of their own.
 
     A row of it stays for a while, so that a client that deletes while it lists can go on after it, and so that a
-    request that is sent again gets the same answer.
+    request that is sent again gets the same answer; and as long as a job holds its bytes, which count.
     """
     with service.store.begin() as session:
         file = one(session, File, caller, "file", id)
@@ -127,5 +126,5 @@ def remove(service: Service, caller: Caller, id: str) -> None:
                 return
             raise nothing("file", id)
         hide(service.files, file.id)
-        file.status, file.bytes, file.filename, file.expires_at = DELETED, 0, "", time.time()
+        file.status, file.filename, file.expires_at = DELETED, "", time.time()
     drop(service.files, id)

@@ -5,10 +5,13 @@ FastAPI describes the routes, but never answers in its own words: what it finds 
     >>> router = APIRouter(prefix="/v1", route_class=Guarded)
 """
 
+import asyncio
 import json
 import logging
+import threading
+import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from fastapi import Depends, Request, Response
@@ -18,28 +21,75 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from loraport.clients.errors import LoraportError, ResourceError
+from loraport.serve.finetuning.multipart import GRACE_S, LEAST_RATE
 from loraport.serve.finetuning.service import FINAL
 from loraport.serve.gateway import body as bodies
 from loraport.serve.gateway.access import ANYONE, authenticate, tenant_of
 from loraport.serve.gateway.calls import MARK
-from loraport.serve.gateway.forward import Gateway, limited, read_body
+from loraport.serve.gateway.forward import CLOSE, Gateway, limited, read_body
 from loraport.serve.gateway.keys import Key
 from loraport.serve.gateway.refusals import Refusal, bad_request
 
 log = logging.getLogger("loraport.gateway")
 BODY_BYTES = 1 << 20  # of a JSON body: what is large comes as a file
 RETRY_S = 5
+AGAIN_S = 15 * 60.0  # in which a client that has lost an answer asks again
+REMEMBERED = 10_000  # ids, and refusals
+LONGEST_ID, LONGEST_PATH = 64, 200  # of what is remembered
+REPEATED = (408, 409, 429)  # that OpenAI's clients send again by themselves, beside 5xx
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+Try = tuple[str, str, str, str, int]  # tenant, method, path, length of the body, how often it was sent before
+
+
+class Answers:
+    """Which ids clients have heard of, and which requests were refused before they made anything. Bounded; any thread.
+
+    For what is sent again: it may have been refused before, and then what an equal request has made is another's; so is
+    a thing that its client speaks of already.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.heard: dict[str, None] = {}
+        self.refused: dict[Try, tuple[int, float]] = {}
+
+    def hear(self, *ids: str | None) -> None:
+        """A client speaks of these."""
+        with self.lock:
+            self.heard |= dict.fromkeys(id for id in ids if id and len(id) <= LONGEST_ID)
+            while len(self.heard) > REMEMBERED:
+                del self.heard[next(iter(self.heard))]
+
+    def refuse(self, key: Try) -> None:
+        """That try, if it comes, follows one that was refused and had made nothing, nor had those before it."""
+        with self.lock:
+            count, _ = self.refused.pop(key, (0, 0.0))
+            self.refused[key] = count + 1, time.monotonic()
+            if len(self.refused) > REMEMBERED:
+                del self.refused[next(iter(self.refused))]
+
+    def was_refused(self, key: Try) -> bool:
+        """Whether that try follows such a refusal; once for each."""
+        with self.lock:
+            count, at = self.refused.pop(key, (0, 0.0))
+            if count > 1:
+                self.refused[key] = count - 1, at
+        return count > 0 and time.monotonic() - at < AGAIN_S
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks: the key, whose things it sees, and what tells a request that is sent again."""
+    """Who asks: the key, whose things it sees, and what tells a request that is sent again.
+
+    `is_again`: it was sent before, and may have been done then. `next_try`: the same request, should it be sent again.
+    """
 
     key: Key
     tenant: str
     is_again: bool = False
     idempotency_key: str | None = None
+    answers: Answers = field(default_factory=Answers)
+    next_try: Try | None = None
 
     @property
     def is_admin(self) -> bool:
@@ -58,17 +108,22 @@ class Guarded(APIRoute):
             gateway: Gateway = request.app.state.gateway
             request.scope[MARK].route = self.path_format
             request.state.caller = caller = enter(request, gateway)
-            with limited(gateway, caller.key):
-                if self.body_field:
-                    await read_json(request, gateway)
-                try:
+            caller.answers.hear(*map(str, request.path_params.values()))
+            try:
+                with limited(gateway, caller.key):
+                    if self.body_field:
+                        await read_json(request, gateway)
                     return await handle(request)
-                except RequestValidationError as error:
-                    raise wrong(error) from None
-                except HTTPException as error:
-                    raise Refusal(error.status_code, "bad_request", str(error.detail)) from None
-                except LoraportError as error:
-                    raise cannot(error) from error
+            except RequestValidationError as error:
+                raise wrong(error) from None
+            except HTTPException as error:
+                raise Refusal(error.status_code, "bad_request", str(error.detail)) from None
+            except LoraportError as error:
+                raise cannot(error) from error  # what was wanted may be done all the same
+            except Refusal as refusal:
+                if caller.next_try and (refusal.status in REPEATED or refusal.status >= 500):
+                    caller.answers.refuse(caller.next_try)
+                raise
 
         return guarded
 
@@ -83,10 +138,27 @@ def enter(request: Request, gateway: Gateway) -> Caller:
         raise Refusal(403, "wrong_origin", "Without API keys no web page may change anything here.")
     if "\x00" in request.url.path or "%00" in request.url.query:
         raise bad_request("invalid_value", "The address has a character that cannot be in a name.")
-    headers = request.headers
-    count, again = headers.get("x-stainless-retry-count", ""), headers.get("idempotency-key")
-    is_again = count.isascii() and count.isdigit() and int(count[:9]) > 0
-    return Caller(key, tenant_of(key), is_again, again or None)
+    return who(request, key)
+
+
+def who(request: Request, key: Key) -> Caller:
+    """The caller, and whether what it wants may be done already."""
+    headers, answers = request.headers, answers_of(request)
+    said = headers.get("x-stainless-retry-count", "")
+    count = int(said[:9]) if said.isascii() and said.isdigit() else 0
+    asked = (tenant_of(key), request.method, request.url.path[:LONGEST_PATH], headers.get("content-length", "")[:20])
+    is_again = count > 0 and not answers.was_refused((*asked, count))
+    next_try = None if is_again else (*asked, count + 1)
+    return Caller(key, tenant_of(key), is_again, headers.get("idempotency-key") or None, answers, next_try)
+
+
+def answers_of(request: Request) -> Answers:
+    """What is remembered for this application."""
+    state = request.app.state
+    if not hasattr(state, "answers"):
+        state.answers = Answers()
+    answers: Answers = state.answers
+    return answers
 
 
 def caller_of(request: Request) -> Caller:
@@ -101,7 +173,11 @@ Asking = Annotated[Caller, Depends(caller_of)]
 async def read_json(request: Request, gateway: Gateway) -> None:
     """Read and parse the body, within bounds, and leave it where FastAPI looks for it."""
     settings = replace(gateway.settings, body_bytes=min(BODY_BYTES, gateway.settings.body_bytes))
-    raw = await read_body(request.scope, request.receive, settings)
+    try:
+        async with asyncio.timeout(GRACE_S + settings.body_bytes / LEAST_RATE):
+            raw = await read_body(request.scope, request.receive, settings)
+    except TimeoutError:
+        raise Refusal(408, "body_timeout", "The request's body did not arrive.", headers=dict(CLOSE)) from None
     fields = bodies.parse(raw, settings.json_depth).fields
     if not can_be_kept(fields):
         message = "The body has a text with U+0000 or half of a pair in it, or a number beyond all bounds."

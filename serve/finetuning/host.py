@@ -13,14 +13,10 @@ and where another server has the queue of this home, its URL. Then this one wait
     >>> host.begin(app); host.attach(fleet, live, launch); …; host.stop()
 """
 
-import fcntl
-import json
-import os
 import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI
@@ -39,10 +35,9 @@ from loraport.serve.gateway.refusals import Refusal
 from loraport.serve.plan.hardware import count_replicas, split_gpus
 from loraport.serve.plan.settings import Wanted
 from loraport.serve.signals import ignored_signals
+from loraport.serve.store.home_lock import HomeLock
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection
-
     from loraport.serve.adapters.live import Live
     from loraport.serve.engine.process import Launch
     from loraport.serve.finetuning.sender import Webhooks
@@ -50,14 +45,15 @@ if TYPE_CHECKING:
     from loraport.serve.finetuning.site import Site
     from loraport.serve.fleet import Fleet
     from loraport.serve.jobs.service import Queue
+    from loraport.serve.jobs.settings import QueueSettings
+    from loraport.serve.store.ownership import Ownership
     from loraport.serve.store.store import Store
 
-LOCK = "jobs.lock"
-QUEUE_LOCK = 0x71756575  # the advisory lock of who has the queue of a PostgreSQL
 PREFIXES = ("/v1/files", "/v1/uploads", "/v1/fine_tuning", "/v1/webhook_endpoints", "/v1/webhook_event_types")
 AGAIN_S = 5.0
 LEAVE_S = 60.0  # that a trainer may take to keep its checkpoint
 STARTING = "Fine-tuning is starting."
+ELSEWHERE = "Another server has the jobs of this database."
 
 
 class Host:
@@ -71,13 +67,14 @@ class Host:
         self.thread = threading.Thread(target=self.run, name="fine-tuning", daemon=True)
         self.looked, self.attached, self.settled = threading.Event(), threading.Event(), threading.Event()
         self.tried, self.has_queue = threading.Event(), False
+        self.has_routes = self.has_begun = False
         self.over = threading.Event()
         self.gateway: Gateway | None = None
         self.app: FastAPI | None = None
         self.engines: tuple[Fleet, Live, Launch] | None = None
-        self.held: list[int] = []  # descriptors of locks
-        self.database_lock: Connection | None = None
+        self.home_lock = HomeLock(home)
         self.store: Store | None = None
+        self.ownership: Ownership | None = None
         self.queue: Queue | None = None
         self.webhooks: Webhooks | None = None
 
@@ -133,23 +130,21 @@ class Host:
         """Have trainers keep a checkpoint and end, and give the queue back. Twice is fine."""
         self.over.set()
         self.attached.set()
+        if self.thread.ident is not None:
+            self.thread.join()  # it may just have made the service
         self.why_not = Refusal(503, "jobs_stopping", "The endpoint is being stopped.", headers={"Retry-After": "30"})
         self.service = None
-        if self.thread.ident is not None:
-            self.thread.join()
         if self.queue:
             self.say_what_stops()
             self.queue.close()
         if self.webhooks:
             self.webhooks.stop()
-        if self.database_lock:
-            with suppress(Exception):  # it may be gone
-                self.database_lock.close()
+        if self.ownership:
+            self.ownership.drop()
         if self.store:
             self.store.close()
-        for descriptor in self.held:
-            os.close(descriptor)
-        self.queue, self.webhooks, self.store, self.database_lock, self.held = None, None, None, None, []
+        self.home_lock.drop()
+        self.queue, self.webhooks, self.store, self.ownership = None, None, None, None
 
     def describe(self) -> str:
         """What a person is told when the endpoint is ready."""
@@ -176,16 +171,12 @@ class Host:
         return self.service
 
     def run(self) -> None:
-        """The thread: lock, store, routes, and as soon as there are engines the rest."""
+        """The thread: it has the queue, or waits for it, until the server ends."""
         try:
             self.has_queue = self.take_lock()
             self.tried.set()
-            if self.has_queue and self.open() and self.lock_database():
-                self.show_routes()
-                self.looked.set()
-                self.attached.wait()
-                if not self.over.is_set():
-                    self.start()
+            while self.has_queue and self.take_turn():
+                pass
         except ConfigError as error:
             self.error = error
         except LoraportError as error:
@@ -198,11 +189,41 @@ class Host:
             self.looked.set()
             self.settled.set()
 
+    def take_turn(self) -> bool:
+        """Store, routes, and as soon as there are engines the rest; then see that the queue is still ours.
+
+        True where it is to be begun again: another server has the queue now, or something is lacking. False at the end.
+        """
+        try:
+            if not self.open():
+                return False
+            assert self.ownership
+            self.show_routes()
+            self.looked.set()
+            self.attached.wait()
+            if self.over.wait(self.ownership.wait_s):
+                return False
+            if not self.ownership.holds():
+                return True
+            self.start()
+            self.settled.set()
+            return self.watch()
+        except ResourceError as error:
+            self.queue, self.webhooks = None, None  # neither was started yet
+            return self.later(error)
+
     def give_up(self, reason: str) -> None:
         """Serve without jobs."""
         say(f"warning: this endpoint takes no fine-tuning jobs: {reason}", "yellow")
         words = "Fine-tuning could not be started at this endpoint; its log says why."
         self.why_not = Refusal(503, "jobs_down", words, headers={"x-should-retry": "false"})
+
+    def later(self, lacking: ResourceError) -> bool:
+        """Wait a moment for what is lacking, which is said once; False when the server ends meanwhile."""
+        if self.why_not.code != "jobs_store":
+            say(f"warning: fine-tuning waits: {lacking.message} {lacking.hint}", "yellow")
+        words = "The database of jobs cannot be used now."
+        return self.again(Refusal(503, "jobs_store", words, headers={"Retry-After": "10"}))
 
     def again(self, why: Refusal) -> bool:
         """Wait a moment with that answer; False when the server ends meanwhile."""
@@ -214,68 +235,60 @@ class Host:
 
     def take_lock(self) -> bool:
         """Have the queue of this home, when nobody else has it; False when the server ends before."""
-        path = self.home.ensure(self.home.root) / LOCK
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        self.held.append(descriptor)
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                where = other_url(path)
-                words = f"The jobs of this home are taken at {where}." if where else "Another server has the jobs."
-                if not self.again(Refusal(503, "jobs_elsewhere", words, headers={"x-should-retry": "false"})):
-                    return False
-            else:
-                os.truncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps({"url": self.url, "pid": os.getpid()}).encode(), 0)
-                return True
-
-    def open(self) -> bool:
-        """Open the store, when it can be; False when the server ends before. ConfigError where it cannot be one."""
-        from loraport.serve.store.store import open_store
-
-        while self.store is None:
-            try:
-                self.store = open_store(self.home, self.options.database)
-            except ResourceError as error:
-                if self.why_not.code != "jobs_store":
-                    say(f"warning: fine-tuning waits: {error.message} {error.hint}", "yellow")
-                words = "The database of jobs cannot be reached now."
-                if not self.again(Refusal(503, "jobs_store", words, headers={"Retry-After": "10"})):
-                    return False
-        return True
-
-    def lock_database(self) -> bool:
-        """Have the queue of a PostgreSQL, which other homes may use too; False when the server ends before."""
-        from sqlalchemy import text
-
-        from loraport.serve.store.store import database_errors
-
-        assert self.store is not None
-        if self.store.url.drivername == "sqlite":
-            return True
-        while True:
-            with database_errors(self.store.url):
-                connection = self.store.engine.connect()
-                connection.detach()  # it is kept for as long as this server lives, and is none of the pool's
-                self.database_lock = connection
-                if connection.execute(text(f"SELECT pg_try_advisory_lock({QUEUE_LOCK})")).scalar_one():
-                    connection.commit()
-                    return True
-                connection.close()
-            words = "Another server has the jobs of this database."
+        while not self.home_lock.take(self.url):
+            where = self.home_lock.owner()
+            words = f"The jobs of this home are taken at {where}." if where else "Another server has the jobs."
             if not self.again(Refusal(503, "jobs_elsewhere", words, headers={"x-should-retry": "false"})):
                 return False
+        return True
+
+    def open(self) -> bool:
+        """Open the store, and have its queue, when nobody else has; False when the server ends before.
+
+        ConfigError where the database cannot be one, ResourceError where it cannot be reached.
+        """
+        from loraport.serve.store.ownership import Ownership
+        from loraport.serve.store.store import open_store
+
+        if self.store is None:
+            self.store = open_store(self.home, self.options.database)
+        self.ownership = self.ownership or Ownership(self.store)
+        while not self.ownership.take():
+            if not self.again(Refusal(503, "jobs_elsewhere", ELSEWHERE, headers={"x-should-retry": "false"})):
+                return False
+        return True
+
+    def watch(self) -> bool:
+        """See that the queue is ours: True when another server has it, False when this one ends."""
+        from loraport.serve.store.ownership import LOOK_S
+
+        assert self.ownership
+        while not self.over.wait(LOOK_S):
+            if self.ownership.holds() or (is_ours := self.ownership.take_again()) is None:
+                continue  # nothing is begun meanwhile: `is_sure`
+            if not is_ours:
+                say("warning: another server has the queue of this database now; trainings here end.", "yellow")
+                self.why_not = Refusal(503, "jobs_elsewhere", ELSEWHERE, headers={"x-should-retry": "false"})
+                self.service = None
+                assert self.queue and self.webhooks
+                self.queue.abandon()
+                self.webhooks.stop()
+                self.queue, self.webhooks = None, None
+                return True
+        return False
 
     def show_routes(self) -> None:
-        """The API's routes in front of all others; they too answer why not until there is a service."""
+        """The API's routes in front of all others; they too answer why not until there is a service. Twice is fine."""
         from loraport.serve.finetuning.api import routes
 
         assert self.app is not None and self.gateway is not None
+        if self.has_routes:
+            return
         before = list(self.app.router.routes)
         self.app.include_router(routes(self.gateway, self.find))
         added = self.app.router.routes[len(before) :]
         self.app.router.routes = [*added, *before]  # in one step: requests are being answered
+        self.has_routes = True
 
     def start(self) -> None:
         """Everything that needs the engines' names and slots."""
@@ -284,19 +297,18 @@ class Host:
         from loraport.serve.finetuning.sweep import begin, sweep
         from loraport.serve.jobs.handover import Models
         from loraport.serve.jobs.service import Queue, smallest_gpu
-        from loraport.serve.jobs.settings import QueueSettings
         from loraport.serve.jobs.validate import Validator
         from loraport.serve.jobs.watching import page
         from loraport.serve.pool.policy import Policy, Window
 
-        assert self.engines is not None and self.store is not None and self.gateway is not None
-        (fleet, live, launch), store, gateway = self.engines, self.store, self.gateway
+        assert self.engines and self.store and self.ownership and self.gateway
+        (fleet, live, launch), store, gateway, ownership = self.engines, self.store, self.gateway, self.ownership
         site = self.find_site(fleet, live)
         if site is None:
             return
         models = Models(store, self.home, live)
         chores: list[Any] = [models.bury_left, *site.chores]
-        settings = QueueSettings(price_per_gpu_hour=self.options.gpu_price)
+        settings = queue_settings(self.options)
         pool, base = site.pool, launch.base.folder
         self.queue = Queue(
             store,
@@ -314,6 +326,7 @@ class Host:
             window=Window.parse(self.options.window) if self.options.window else None,
             port=self.port,
             chores=chores,
+            is_owner=lambda: ownership.is_sure,
         )
         self.webhooks = Webhooks(store, self.options.private_webhooks)
         first, *others = launch.base_names
@@ -329,7 +342,8 @@ class Host:
             gpu_price=self.options.gpu_price,
         )
         chores.append(lambda: sweep(service))
-        begin(service)
+        (sweep if self.has_begun else begin)(service)  # the second time requests may be under way
+        self.has_begun = True
         gateway.tuned = models
         gateway.figures = page(store, self.options.gpu_price)
         self.queue.start()
@@ -367,6 +381,13 @@ class Host:
                 say(f"{jobs}; at the next start training goes on from there.")
 
 
+def queue_settings(options: Options) -> "QueueSettings":
+    """What the queue goes by."""
+    from loraport.serve.jobs.settings import QueueSettings
+
+    return QueueSettings(options.per_key, time_limit_s=options.time_limit_s, price_per_gpu_hour=options.gpu_price)
+
+
 @contextmanager
 def hosting(options: Options | None, home: Home, port: int, url: str) -> Iterator[Host | None]:
     """What fine-tunes at this endpoint, stopped at the end at the latest; None without options."""
@@ -377,10 +398,3 @@ def hosting(options: Options | None, home: Home, port: int, url: str) -> Iterato
         if host:
             with ignored_signals():
                 host.stop()
-
-
-def other_url(path: Path) -> str | None:
-    """Where the server is that has the queue."""
-    with suppress(OSError, ValueError, AttributeError):
-        return str(json.loads(path.read_text(encoding="utf-8"))["url"])
-    return None

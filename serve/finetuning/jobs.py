@@ -138,6 +138,7 @@ def ask_to_stop(service: Service, caller: Caller, id: str, wanted: str) -> Job:
     before = (*WAITING, Status.PAUSED) if wanted == "cancel" else WAITING
     with service.store.begin() as session:
         job = one(session, Job, caller, "fine-tuning job", id)
+        session.refresh(job, with_for_update=True)  # its status stays as it is between the two
         if not move(session, id, before, target) and not want(session, id, wanted):
             refuse_stop(job, caller, wanted, target)
         session.flush()

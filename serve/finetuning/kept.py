@@ -19,7 +19,7 @@ from loraport.serve.finetuning.guard import Caller
 from loraport.serve.finetuning.lists import alone
 from loraport.serve.finetuning.service import GIB, Service, out_of_quota
 from loraport.serve.gateway.refusals import bad_request
-from loraport.serve.store.tables import File, Part, Upload
+from loraport.serve.store.tables import ENDED, File, Job, Part, Upload
 
 PURPOSES = ("fine-tune", "assistants", "batch", "user_data", "vision", "evals")  # what clients may give
 CHECKED = "fine-tune"
@@ -72,19 +72,30 @@ def is_there(now: float | None = None) -> ColumnElement[bool]:
     return (File.status != DELETED) & or_(File.expires_at.is_(None), File.expires_at > (now or time.time()))
 
 
+def is_held() -> ColumnElement[bool]:
+    """Whether a job that is not over has a link to a file: its bytes are on disk even when it is deleted."""
+    is_open, rows = Job.status.not_in(ENDED), Job.validation_file
+    named = select(Job.training_file).where(is_open).union_all(select(rows).where(is_open, rows.is_not(None)))
+    return File.id.in_(named)
+
+
 def used_bytes(session: Session, tenant: str) -> int:
-    """Bytes of a tenant that are on disk, parts of uploads among them."""
-    files = select(func.coalesce(func.sum(File.bytes), 0)).where(File.tenant == tenant, File.status != DELETED)
+    """Bytes of a tenant that are on disk: of files, of deleted ones that jobs hold, of parts of uploads."""
+    on_disk = or_(File.status != DELETED, is_held())
+    files = select(func.coalesce(func.sum(File.bytes), 0)).where(File.tenant == tenant, on_disk)
     parts = select(func.coalesce(func.sum(Part.bytes), 0)).join(Upload, Upload.id == Part.upload_id)
     pending = parts.where(Upload.tenant == tenant, Upload.status == "pending")
     return int(session.scalar(files) or 0) + int(session.scalar(pending) or 0)
 
 
-def taker(service: Service, tenant: str, counts: list[int]) -> Callable[[int], None]:
-    """What asks for room before bytes are written: Refusal 429 where the tenant has no more."""
+def taker(service: Service, tenant: str, counts: list[int], freed: int = 0) -> Callable[[int], None]:
+    """What asks for room before bytes are written: Refusal 429 where the tenant has no more.
+
+    `freed`: bytes that are replaced by those.
+    """
     most = service.quotas.disk_bytes
     with service.store.read() as session:
-        left = most - used_bytes(session, tenant)
+        left = most - used_bytes(session, tenant) + freed
 
     def take(count: int) -> None:
         if not service.room.take(tenant, count, left):
@@ -131,7 +142,7 @@ def record(
         before = sent_before(session, File, caller, found)
         if before is not None and before.status != DELETED:
             return before
-        require_room(session, service, caller, arriving.bytes - freed)
+        require_room(session, service, caller.tenant, arriving.bytes - freed)
         file = File(
             id=arriving.id,
             tenant=caller.tenant,
@@ -162,11 +173,17 @@ def check(arriving: Arriving, wish: Wish) -> int | None:
     return arriving.lines.rows
 
 
-def require_room(session: Session, service: Service, caller: Caller, count: int) -> None:
+def require_room(session: Session, service: Service, tenant: str, count: int) -> None:
     """Refusal 429 where a tenant may have no further file of so many bytes."""
-    quotas, tenant = service.quotas, caller.tenant
+    quotas = service.quotas
     have = session.scalar(select(func.count()).select_from(File).where(File.tenant == tenant, File.status != DELETED))
     if (have or 0) >= quotas.files:
         raise out_of_quota(f"{quotas.files:,} files")
-    if used_bytes(session, tenant) + count > quotas.disk_bytes:
-        raise out_of_quota(f"{quotas.disk_bytes / GIB:,.3g} GiB of files")
+    require_bytes(session, service, tenant, count)
+
+
+def require_bytes(session: Session, service: Service, tenant: str, count: int) -> None:
+    """Refusal 429 where a tenant may have no more bytes on disk. What arrived beside it may have its row by now."""
+    most = service.quotas.disk_bytes
+    if used_bytes(session, tenant) + count > most:
+        raise out_of_quota(f"{most / GIB:,.3g} GiB of files")

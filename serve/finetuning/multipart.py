@@ -2,7 +2,7 @@
 
 A refusal is told when the client has sent what it had to send, within bounds: many clients do not read before.
 
-    >>> form = await receive_form(request, "file", arriving, body_s=60)
+    >>> form = await receive_form(request, "file", arriving, service)
     >>> form.fields["purpose"], form.filename
     ('fine-tune', 'rows.jsonl')
 """
@@ -19,6 +19,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from loraport.serve.finetuning.disk import Arriving, too_large
+from loraport.serve.finetuning.service import Service
 from loraport.serve.gateway.forward import CLOSE
 from loraport.serve.gateway.refusals import Refusal, bad_request
 
@@ -27,6 +28,7 @@ PIECE = 1 << 20  # that are parsed, checked and written at once, in a thread
 FIELD_BYTES, FIELDS = 16 << 10, 16
 OVERHEAD = 2 << 20  # of a form, beside its file
 DRAIN_S, DRAIN_BYTES = 10.0, 1 << 30
+GRACE_S, LEAST_RATE = 60.0, 16 << 10  # a body may take so long, and a second more for so many bytes of it
 
 
 @dataclass
@@ -133,14 +135,11 @@ def bad_form(problem: str) -> Refusal:
     return bad_request("invalid_form", f"The body is not a form (multipart/form-data): {problem}.")
 
 
-async def receive_form(request: Request, file_field: str, arriving: Arriving, body_s: float) -> Form:
-    """Read a form to its end; Refusal where it is none, too large, too slow or cut off.
-
-    `body_s`: seconds that may pass between two pieces of it.
-    """
+async def receive_form(request: Request, file_field: str, arriving: Arriving, service: Service) -> Form:
+    """Read a form to its end; Refusal where it is none, too large, too slow or cut off."""
     kind, options = parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary", b"")
-    pieces = Pieces(request, body_s)
+    pieces = Pieces(request, request.app.state.gateway.settings.body_s)
     try:
         if kind != b"multipart/form-data" or not 0 < len(boundary) <= 200:
             raise Refusal(415, "unsupported_media_type", "Send a form: `Content-Type: multipart/form-data`.")
@@ -149,7 +148,7 @@ async def receive_form(request: Request, file_field: str, arriving: Arriving, bo
             raise too_large(arriving.most)
         reader = Reader(boundary, file_field, arriving)
         while data := await pieces.next():
-            await asyncio.to_thread(reader.feed, data)
+            await service.aside(reader.feed, data)
             if pieces.count > arriving.bytes + OVERHEAD:
                 raise bad_form("there is much in it beside its file")
         if not reader.is_over:
@@ -165,22 +164,28 @@ async def receive_form(request: Request, file_field: str, arriving: Arriving, bo
 
 
 class Pieces:
-    """The body of a request, in pieces of about PIECE bytes."""
+    """The body of a request, in pieces of about PIECE bytes. `body_s`: that may pass between two messages of it.
+
+    `waited_s`: for the client alone; what this machine takes to write is not counted.
+    """
 
     def __init__(self, request: Request, body_s: float) -> None:
         self.request, self.body_s = request, body_s
-        self.count, self.is_over, self.is_begun = 0, False, False
+        self.count, self.waited_s, self.is_over, self.is_begun = 0, 0.0, False, False
 
     async def next(self) -> bytes:
         """The next one; empty at the end. Refusal where nothing comes, or the client is gone."""
         found = bytearray()
         while len(found) < PIECE and not self.is_over:
             self.is_begun = True
+            left_s = GRACE_S + (self.count + len(found)) / LEAST_RATE - self.waited_s
+            began = time.monotonic()
             try:
-                message = await asyncio.wait_for(self.request.receive(), self.body_s)
+                message = await asyncio.wait_for(self.request.receive(), min(self.body_s, left_s))
             except TimeoutError:
                 self.is_over = True
                 raise Refusal(408, "body_timeout", "The request's body did not arrive.", headers=dict(CLOSE)) from None
+            self.waited_s += time.monotonic() - began
             if message["type"] == "http.disconnect":
                 self.is_over = True
                 raise bad_request("body_cut_off", "The request's body was cut off.")
@@ -193,11 +198,11 @@ class Pieces:
         """Read on without a use, for a while; whether the end was reached."""
         if not self.is_begun and "expect" in self.request.headers:
             return False  # the client waits for a word before it sends
-        end = time.monotonic() + DRAIN_S
         try:
-            while not self.is_over and self.count < DRAIN_BYTES and time.monotonic() < end:
-                await self.next()
-        except Refusal:
+            async with asyncio.timeout(DRAIN_S):
+                while not self.is_over and self.count < DRAIN_BYTES:
+                    await self.next()
+        except (Refusal, TimeoutError):
             return False
         return self.is_over
 

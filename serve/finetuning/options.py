@@ -1,7 +1,7 @@
 """What `loraport serve` is told of fine-tuning jobs, checked before anything is started. Light: no database here.
 
 >>> Options.of(policy="wait", window="22:00-06:00")
-Options(database=None, policy='wait', window='22:00-06:00', gpu_price=None, private_webhooks=False, ray=None)
+Options(policy='wait', window='22:00-06:00', gpu_price=None, private_webhooks=False, ray=None, per_key=None, …)
 """
 
 import os
@@ -15,11 +15,17 @@ DATABASE_VARIABLE = "LORAPORT_JOBS_DATABASE"
 POLICIES = ("auto", "coexist", "yield", "wait")
 TIME = r"(?:[01]?\d|2[0-3]):[0-5]\d|24:00"
 WINDOW = re.compile(rf"({TIME})-({TIME})")
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+LIMIT = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)([smhd])")
+DAY_S = UNITS["d"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How jobs are kept and placed. `gpu_price`: of a GPU-hour, in any currency. `database` may hold a password."""
+    """How jobs are kept and placed. `gpu_price`: of a GPU-hour, in any currency. `database` may hold a password.
+
+    `per_key`: most jobs of a key that train at once. `time_limit_s`: of the training of a job, all its starts together.
+    """
 
     database: str | None = field(default=None, repr=False)
     policy: str = "auto"
@@ -27,6 +33,8 @@ class Options:
     gpu_price: float | None = None
     private_webhooks: bool = False
     ray: str | None = None  # the dashboard of a cluster that trains
+    per_key: int | None = None
+    time_limit_s: float = DAY_S
 
     @classmethod
     def of(
@@ -37,6 +45,8 @@ class Options:
         gpu_price: float | None = None,
         private_webhooks: bool = False,
         ray: str | None = None,
+        per_key: int | None = None,
+        time_limit: str | None = None,
     ) -> "Options":
         """The flags of `loraport serve`; UsageError for values that cannot be."""
         if policy not in POLICIES:
@@ -51,7 +61,17 @@ class Options:
             )
         if ray is not None and not ray.startswith(("http://", "https://")):
             raise UsageError(f"--jobs-ray {ray} is no URL.", "for example --jobs-ray http://head:8265, the dashboard's")
-        return cls(find_database(database), policy, window, gpu_price, private_webhooks, ray)
+        limit_s = DAY_S if time_limit is None else seconds_of(time_limit)
+        return cls(find_database(database), policy, window, gpu_price, private_webhooks, ray, per_key, limit_s)
+
+
+def seconds_of(time_limit: str) -> float:
+    """Seconds of `90m`, `12h`, `7d`; UsageError for what is none."""
+    found = LIMIT.fullmatch(time_limit.strip())
+    seconds = float(found[1]) * UNITS[found[2]] if found else 0.0
+    if seconds <= 0:
+        raise UsageError(f"--jobs-time-limit {time_limit} is no length of time.", "for example --jobs-time-limit 12h")
+    return seconds
 
 
 def find_database(given: str | None) -> str | None:

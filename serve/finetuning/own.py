@@ -1,6 +1,7 @@
 """What we tell of a job beyond OpenAI's API, to its owner: all that its trainer said, and what it costs.
 
-GET /v1/fine_tuning/jobs/{id}/log?after=2000    plain text from that byte on; who follows it goes on at `x-log-end`
+GET /v1/fine_tuning/jobs/{id}/log?after=2000    plain text from that byte on; who follows it goes on at `x-log-end`,
+                                                for places of this machine are left out of the text
 GET /v1/fine_tuning/jobs/{id}/cost              GPU-hours spent and estimated, and their cost where a price is set
 
 $ curl "$URL/fine_tuning/jobs/$JOB/cost"
@@ -17,6 +18,7 @@ from sqlalchemy import select
 from starlette.responses import Response
 
 from loraport.clients.errors import os_errors
+from loraport.clients.home import Home
 from loraport.serve.finetuning.guard import Asking, Guarded
 from loraport.serve.finetuning.lists import one
 from loraport.serve.jobs.figures import cost_of
@@ -48,7 +50,7 @@ def routes(find: Any) -> APIRouter:
             job = one(session, Job, caller, "fine-tuning job", job_id)
         said = read(job_folder(service.home, job.id) / LOG, after)
         headers = {"x-log-end": str(after + len(said))}
-        return Response(said, media_type="text/plain; charset=utf-8", headers=headers)
+        return Response(without_places(said, service.home), media_type="text/plain; charset=utf-8", headers=headers)
 
     @router.get("/{job_id}/cost", response_model=Cost)
     def show_cost(job_id: str, caller: Asking) -> Cost:
@@ -59,6 +61,15 @@ def routes(find: Any) -> APIRouter:
         return Cost.model_validate(cost_of(job, service.gpu_price, time.time(), began))
 
     return router
+
+
+def without_places(said: bytes, home: Home) -> bytes:
+    """The same without the names of folders that are nobody's business: the endpoint's home, and its user's."""
+    found = {home.root: "$LORAPORT_HOME", home.root.resolve(): "$LORAPORT_HOME", Path.home(): "~"}
+    for place in sorted(found, key=lambda place: len(str(place)), reverse=True):
+        if place != Path(place.anchor):
+            said = said.replace(bytes(place), found[place].encode())
+    return said
 
 
 def read(path: Path, after: int) -> bytes:

@@ -19,7 +19,8 @@ from loraport.serve.finetuning.service import Service
 from loraport.serve.finetuning.shapes import Deleted, Page, PermissionObject
 from loraport.serve.gateway.keys import NAME
 from loraport.serve.gateway.refusals import bad_request
-from loraport.serve.store.tables import Checkpoint, Job, Permission, Status
+from loraport.serve.jobs.names import is_there
+from loraport.serve.store.tables import Checkpoint, Job, Permission
 
 MOST = 100
 Named = Annotated[str, Field(min_length=1, max_length=64, pattern=f"^{NAME.pattern}$")]
@@ -95,7 +96,7 @@ def owned(session: Session, caller: Caller, model: str) -> Job:
     """The job of a model that is the caller's own; Refusal 404, as the gateway's for any other."""
     jobs = mine(Job, caller).outerjoin(Checkpoint, Checkpoint.job_id == Job.id)
     named = or_(Job.fine_tuned_model == model, Checkpoint.model == model)
-    found = session.scalars(jobs.where(Job.status == Status.SUCCEEDED, named)).first()
+    found = session.scalars(jobs.where(is_there(), named)).first()
     if found is None:
         raise nothing("model", model)
     return found

@@ -26,7 +26,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import Any, TypeVar
@@ -51,6 +51,7 @@ RETRY_S = (5.0, 30.0, 120.0, 600.0, 1800.0, 3600.0, 3600.0, 7200.0, 10800.0, 144
 ANSWER_S, CONNECT_S = 15.0, 5.0
 LOOK_S = 2.0  # between two looks into the outbox, where nobody wakes it
 AT_ONCE, EACH_AT_ONCE = 32, 2  # deliveries under way, and those to one webhook
+TENANTS_AT_ONCE = AT_ONCE // 4  # those of one tenant
 BATCH = 100
 CARRIERS = (
     IPv6Network("64:ff9b::/96"),
@@ -145,7 +146,7 @@ class Webhooks:
         self.store, self.allows_private, self.retry_s, self.look_s = store, allows_private, retry_s, look_s
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.run, name="webhooks", daemon=True)
-        self.sending: dict[str, str] = {}  # deliveries under way, and their webhooks
+        self.sending: dict[str, tuple[str, str]] = {}  # deliveries under way: (webhook, tenant) of each
         self.tasks: set[asyncio.Task[None]] = set()
         self.news = asyncio.Event()
         self.is_over = False
@@ -166,11 +167,14 @@ class Webhooks:
         with suppress(RuntimeError):  # it has ended
             self.loop.call_soon_threadsafe(self.news.set)
 
-    def test(self, webhook: Webhook, kind: str) -> int:
-        """Send a sample of an event; the status of the answer, EndpointError without one. From any thread."""
+    async def test(self, webhook: Webhook, kind: str) -> int:
+        """Send a sample of an event; the status of the answer, EndpointError without one. From any loop."""
+        if self.is_over or not self.thread.is_alive():
+            raise EndpointError("the endpoint is being stopped.", "send it again")
         sample = Delivery(id=new_id("evt_"), type=kind, body={"id": "ftjob-sample"}, created_at=time.time())
         try:
-            return asyncio.run_coroutine_threadsafe(self.try_once(sample, webhook), self.loop).result(2 * ANSWER_S)
+            asked = asyncio.run_coroutine_threadsafe(self.try_once(sample, webhook), self.loop)
+            return await asyncio.wait_for(asyncio.wrap_future(asked), 2 * ANSWER_S)
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             raise EndpointError(f"the webhook did not answer: {reason_of(error)}.", "is its URL right?") from error
 
@@ -193,8 +197,8 @@ class Webhooks:
             except LoraportError:
                 found = []  # the database is away: what was written is there when it comes back
             for delivery, webhook in found:
-                if self.has_room(webhook.id):
-                    self.sending[delivery.id] = webhook.id
+                if self.has_room(webhook):
+                    self.sending[delivery.id] = webhook.id, webhook.tenant
                     self.keep(self.send(delivery, webhook))
             if len(found) < BATCH:
                 with suppress(TimeoutError):
@@ -209,22 +213,23 @@ class Webhooks:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    def has_room(self, webhook_id: str) -> bool:
+    def has_room(self, webhook: Webhook) -> bool:
         """Whether one more may be sent there now."""
-        counts = Counter(self.sending.values())
-        return len(self.sending) < AT_ONCE and counts[webhook_id] < EACH_AT_ONCE
+        webhooks, tenants = full(self.sending)
+        return len(self.sending) < AT_ONCE and webhook.id not in webhooks and webhook.tenant not in tenants
 
     def due(self) -> list[tuple[Delivery, Webhook]]:
         """What is to be sent now, without what cannot be sent beside what is under way."""
         sending = dict(self.sending)
         if len(sending) >= AT_ONCE:
             return []
-        full = [webhook for webhook, count in Counter(sending.values()).items() if count >= EACH_AT_ONCE]
+        webhooks, tenants = full(sending)
         with self.store.read() as session:
             asked = (
                 select(Delivery, Webhook)
                 .join(Webhook, Webhook.id == Delivery.webhook_id)
-                .where(Delivery.next_at <= time.time(), Delivery.id.not_in(sending), Webhook.id.not_in(full))
+                .where(Delivery.next_at <= time.time(), Delivery.id.not_in(sending))
+                .where(Webhook.id.not_in(webhooks), Webhook.tenant.not_in(tenants))
                 .order_by(Delivery.next_at, Delivery.seq)
                 .limit(BATCH)
             )
@@ -281,6 +286,15 @@ class Webhooks:
             ) as answer,
         ):
             return answer.status
+
+
+def full(sending: Mapping[str, tuple[str, str]]) -> tuple[list[str], list[str]]:
+    """Webhooks and tenants that nothing more may be sent to now."""
+    webhooks, tenants = (Counter(each[at] for each in sending.values()) for at in (0, 1))
+    return (
+        [webhook for webhook, count in webhooks.items() if count >= EACH_AT_ONCE],
+        [tenant for tenant, count in tenants.items() if count >= TENANTS_AT_ONCE],
+    )
 
 
 def body_of(delivery: Delivery) -> bytes:

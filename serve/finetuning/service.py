@@ -6,12 +6,14 @@ Whoever serves makes one `Service` and gives it to `routes` (api.py), which find
     >>> service = Service(home, open_store(home), queue, bases=lambda: ["reader-9m", "base"])
 """
 
+import asyncio
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from loraport.clients.home import Home
 from loraport.serve.gateway.refusals import Refusal
@@ -20,7 +22,9 @@ from loraport.serve.store.store import Store
 from loraport.serve.store.tables import Webhook
 from loraport.train.config import RunConfig
 
+Result = TypeVar("Result")
 MIB, GIB = 2**20, 2**30
+WRITERS, COPIERS = 4, 2  # contents that are written at once, and uploads that are put together
 FINAL = {"x-should-retry": "false"}  # OpenAI's clients ask again after 409, 429 and 5xx unless they are told this
 
 
@@ -66,6 +70,8 @@ class Service:
     `test_webhook` sends an event of a kind to a webhook and returns the status of its answer; EndpointError without.
     `servable` says why what a run would train could not be served here, if that is known. `private_webhooks`: whether
     webhooks may be of this machine and of private networks, whoever makes them. `gpu_price`: of a GPU-hour.
+    `completing`: uploads that are put together now, by their callers' tenants. `sampling`: tenants to whose webhook a
+    sample is being sent.
     """
 
     home: Home
@@ -75,11 +81,15 @@ class Service:
     quotas: Quotas = Quotas()
     gpus: int | None = None
     stop_wait_s: float = 10.0
-    test_webhook: Callable[[Webhook, str], int] | None = None
+    test_webhook: Callable[[Webhook, str], Awaitable[int]] | None = None
     servable: Callable[[RunConfig], str | None] | None = None
     private_webhooks: bool = False
     gpu_price: float | None = None
     room: Room = field(default_factory=Room)
+    writers: Executor = field(default_factory=lambda: ThreadPoolExecutor(WRITERS, "writers"))
+    copiers: Executor = field(default_factory=lambda: ThreadPoolExecutor(COPIERS, "copiers"))
+    completing: "dict[str, asyncio.Future[Any]]" = field(default_factory=dict)
+    sampling: set[str] = field(default_factory=set)
 
     @property
     def files(self) -> Path:
@@ -90,6 +100,10 @@ class Service:
     def uploads(self) -> Path:
         """Parts of uploads that are not complete, in a folder each."""
         return self.home.root / "uploads"
+
+    async def aside(self, work: Callable[..., Result], *given: Any) -> Result:
+        """Do what writes to the disk in a thread for that: nothing else of the gateway waits with it."""
+        return await asyncio.get_running_loop().run_in_executor(self.writers, work, *given)
 
 
 def no_queue() -> NoReturn:

@@ -33,6 +33,7 @@ BUSY = (*WAITING, Status.RUNNING, Status.PAUSED)  # what is not over holds its r
 def submit(service: Service, caller: Caller, body: NewJob, raw: bytes) -> Job:
     """The job of a request; the one it made before, where it is sent again. Refusal with the parameter at fault."""
     found = fingerprint(caller, raw)
+    caller.answers.hear(body.training_file, body.validation_file)
     with service.store.read() as session:
         if before := sent_before(session, Job, caller, found):
             return before

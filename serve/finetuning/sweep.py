@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import delete, select, update
 
 from loraport.serve.finetuning.disk import drop, hide, restore
-from loraport.serve.finetuning.kept import DELETED
+from loraport.serve.finetuning.kept import DELETED, is_held
 from loraport.serve.finetuning.service import Service
 from loraport.serve.jobs.recipe import TRAINING, VALIDATION
 from loraport.serve.store.tables import ENDED, File, Job, Part, Upload
@@ -41,16 +41,14 @@ def sweep(service: Service, now: float | None = None) -> None:
 
 
 def expire_files(service: Service, now: float) -> None:
-    """Delete what has lived as long as it was to, and forget what was deleted long ago."""
+    """Delete what has lived as long as it was to, and forget what was deleted long ago and no job holds."""
     with service.store.begin() as session:
         over = (File.status != DELETED) & (File.expires_at <= now)
         gone = list(session.scalars(select(File.id).where(over)))
         for id in gone:
             hide(service.files, id)
-        session.execute(
-            update(File).where(File.id.in_(gone)).values(status=DELETED, bytes=0, filename="", expires_at=now)
-        )
-        long_ago = (File.status == DELETED) & (File.expires_at <= now - TOMBSTONE_S)
+        session.execute(update(File).where(File.id.in_(gone)).values(status=DELETED, filename="", expires_at=now))
+        long_ago = (File.status == DELETED) & (File.expires_at <= now - TOMBSTONE_S) & ~is_held()
         session.execute(delete(File).where(long_ago))
     for id in gone:
         drop(service.files, id)

@@ -21,7 +21,18 @@ from sqlalchemy.orm import Session
 from loraport.serve.finetuning.again import fingerprint, sent_before
 from loraport.serve.finetuning.disk import Arriving, content, require_space
 from loraport.serve.finetuning.guard import Asking, Caller, Guarded, Strict, already
-from loraport.serve.finetuning.kept import LEAST_EXPIRY_S, MOST_EXPIRY_S, NAME_LENGTH, PURPOSES, Wish, keep, taker
+from loraport.serve.finetuning.kept import (
+    DELETED,
+    LEAST_EXPIRY_S,
+    MOST_EXPIRY_S,
+    NAME_LENGTH,
+    PURPOSES,
+    Wish,
+    keep,
+    require_bytes,
+    require_room,
+    taker,
+)
 from loraport.serve.finetuning.lists import alone, one
 from loraport.serve.finetuning.multipart import PIECE, form_schema, receive_form
 from loraport.serve.finetuning.service import GIB, Service, out_of_quota, taken
@@ -71,8 +82,8 @@ def routes(find: Any) -> APIRouter:
         return await receive_part(request, find(), caller, upload_id)
 
     @router.post("/{upload_id}/complete", response_model=UploadObject)
-    def complete_upload(upload_id: str, body: Complete, caller: Asking) -> UploadObject:
-        return complete(find(), caller, upload_id, body)
+    async def complete_upload(upload_id: str, body: Complete, caller: Asking) -> UploadObject:
+        return await complete_in_turn(find(), caller, upload_id, body)
 
     @router.post("/{upload_id}/cancel", response_model=UploadObject)
     def cancel_upload(upload_id: str, caller: Asking) -> UploadObject:
@@ -98,7 +109,8 @@ def begin(service: Service, caller: Caller, body: NewUpload, raw: bytes) -> Uplo
     found = fingerprint(caller, raw)
     with service.store.begin() as session:
         alone(session, caller.tenant)
-        if before := sent_before(session, Upload, caller, found):
+        before = sent_before(session, Upload, caller, found)
+        if before and before.status == "pending" and before.expires_at > now:
             return before
         pending = select(func.count()).select_from(Upload).where(Upload.tenant == caller.tenant)
         if (session.scalar(pending.where(Upload.status == "pending")) or 0) >= quotas.uploads:
@@ -122,27 +134,29 @@ def begin(service: Service, caller: Caller, body: NewUpload, raw: bytes) -> Uplo
 async def receive_part(request: Request, service: Service, caller: Caller, id: str) -> PartObject:
     """Take a part in; nothing is left of it where it is refused."""
 
-    def pending() -> None:
+    def owner() -> str:
         with service.store.read() as session:
-            require_pending(one(session, Upload, caller, "upload", id))
+            return require_pending(one(session, Upload, caller, "upload", id)).tenant
 
-    await asyncio.to_thread(pending)
-    with taken(service.room, caller.tenant) as counts:
-        take = await asyncio.to_thread(taker, service, caller.tenant, counts)
+    tenant = await service.aside(owner)
+    with taken(service.room, tenant) as counts:
+        take = await service.aside(taker, service, tenant, counts)
         require_space(service.uploads, service.quotas.part_bytes)
         with Arriving(service.uploads / id, new_id("part_"), service.quotas.part_bytes, take) as arriving:
-            await receive_form(request, "data", arriving, request.app.state.gateway.settings.body_s)
+            await receive_form(request, "data", arriving, service)
             arriving.is_handed = True
-            return PartObject.of(await asyncio.to_thread(keep_part, service, caller, id, arriving))
+            return PartObject.of(await service.aside(keep_part, service, caller, id, arriving))
 
 
 def keep_part(service: Service, caller: Caller, id: str, arriving: Arriving) -> Part:
     """Write a part's row, while its upload waits for it."""
     with arriving.settled():
         with service.store.begin() as session:
-            alone(session, caller.tenant)
-            upload = require_pending(one(session, Upload, caller, "upload", id))
-            require_part(session, service, upload, arriving.bytes)
+            upload = one(session, Upload, caller, "upload", id)
+            alone(session, upload.tenant)
+            session.refresh(upload)
+            require_part(session, service, require_pending(upload), arriving.bytes)
+            require_bytes(session, service, upload.tenant, arriving.bytes)
             part = Part(id=arriving.id, upload_id=id, bytes=arriving.bytes, sha256=arriving.sha256.hexdigest())
             session.add(part)
         arriving.keep()
@@ -174,18 +188,30 @@ def end(session: Session, upload: Upload, status: str) -> None:
     session.execute(delete(Part).where(Part.upload_id == upload.id))
 
 
+async def complete_in_turn(service: Service, caller: Caller, id: str, body: Complete) -> UploadObject:
+    """`complete`, which copies the whole file: one of a tenant at a time, and few of all. Who comes second, waits."""
+    while under_way := service.completing.get(caller.tenant):
+        await asyncio.wait({under_way})
+    copy = asyncio.get_running_loop().run_in_executor(service.copiers, complete, service, caller, id, body)
+    service.completing[caller.tenant] = copy
+    copy.add_done_callback(lambda _: service.completing.pop(caller.tenant))
+    return await copy
+
+
 def complete(service: Service, caller: Caller, id: str, body: Complete) -> UploadObject:
     """Put the parts together; an upload that cannot be put together stays as it is."""
     with service.store.read() as session:
         upload = one(session, Upload, caller, "upload", id)
         if upload.status == "completed" and caller.is_again:
-            return UploadObject.of(upload, session.scalars(select(File).where(File.id == upload.file_id)).first())
+            return UploadObject.of(upload, made_of(session, upload))
         require_pending(upload)
         known = {part.id: part for part in session.scalars(select(Part).where(Part.upload_id == id))}
-    parts = [known[part_id] for part_id in body.part_ids if part_id in known]
-    check_parts(upload, parts, body)
+        parts = [known[part_id] for part_id in body.part_ids if part_id in known]
+        check_parts(upload, parts, body)
+        freed = sum(part.bytes for part in known.values())
+        require_room(session, service, upload.tenant, upload.bytes - freed)
     require_space(service.files, upload.bytes)
-    tenant = Caller(caller.key, upload.tenant)  # an admin completes it for its owner
+    owner = Caller(caller.key, upload.tenant)  # an admin completes it for its owner
     wish = Wish(upload.filename, upload.purpose, upload.file_expires_s)
 
     def finish(session: Session, file: File) -> None:
@@ -194,14 +220,25 @@ def complete(service: Service, caller: Caller, id: str, body: Complete) -> Uploa
             raise already("The upload is over already.")
         end(session, session.scalars(select(Upload).where(Upload.id == id)).one(), "completed")
 
-    with Arriving(service.files, new_id("file-"), upload.bytes, is_checked=upload.purpose == "fine-tune") as arriving:
-        copy(service, parts, id, arriving)
-        if body.md5 and arriving.md5.hexdigest() != body.md5.lower():
-            raise bad_request("md5_mismatch", "The file is not the one of that MD5.", "md5")
-        file = keep(service, tenant, arriving, wish, finish, freed=sum(part.bytes for part in known.values()))
+    is_checked = upload.purpose == "fine-tune"
+    with taken(service.room, upload.tenant) as counts:
+        take = taker(service, upload.tenant, counts, freed)
+        with Arriving(service.files, new_id("file-"), upload.bytes, take, is_checked) as arriving:
+            copy(service, parts, id, arriving)
+            if body.md5 and arriving.md5.hexdigest() != body.md5.lower():
+                raise bad_request("md5_mismatch", "The file is not the one of that MD5.", "md5")
+            file = keep(service, owner, arriving, wish, finish, freed)
     shutil.rmtree(service.uploads / id, ignore_errors=True)
     upload.status = "completed"
     return UploadObject.of(upload, file)
+
+
+def made_of(session: Session, upload: Upload) -> File:
+    """The file that an upload has become; Refusal 400 where that was deleted since."""
+    file = session.scalars(select(File).where(File.id == upload.file_id, File.status != DELETED)).first()
+    if file is None:
+        raise already("The upload was completed, and its file has been deleted since.")
+    return file
 
 
 def check_parts(upload: Upload, parts: Sequence[Part], body: Complete) -> None:
@@ -219,8 +256,12 @@ def copy(service: Service, parts: Sequence[Part], id: str, arriving: Arriving) -
     """The contents of parts, one after the other."""
     for part in parts:
         path = content(service.uploads / id, part.id)
-        if path is None:
+        try:
+            source = path.open("rb") if path else None
+        except FileNotFoundError:
+            source = None
+        if source is None:
             raise bad_request("part_lost", f"The part {part.id} is gone; send it again.", "part_ids")
-        with path.open("rb") as source:
+        with source:
             while data := source.read(PIECE):
                 arriving.write(data)

@@ -6,6 +6,7 @@
 The secret is shown once. What is told, and when, is not here: serve/finetuning/sender.py.
 """
 
+import asyncio
 import time
 from typing import Annotated, Any
 
@@ -16,8 +17,7 @@ from sqlalchemy.orm import Session
 
 from loraport.clients.errors import EndpointError, UsageError
 from loraport.serve.finetuning import sender
-from loraport.serve.finetuning.again import AGAIN_S
-from loraport.serve.finetuning.guard import Asking, Caller, Guarded, Strict, nothing
+from loraport.serve.finetuning.guard import AGAIN_S, Asking, Caller, Guarded, Strict, nothing
 from loraport.serve.finetuning.lists import After, Limit, alone, listing, mine, one, rows_after
 from loraport.serve.finetuning.service import FINAL, Service, out_of_quota
 from loraport.serve.finetuning.shapes import Deleted, EventTypes, Page, WebhookObject, WebhookSecret, WebhookTest
@@ -116,8 +116,8 @@ def routes(find: Any) -> APIRouter:
         return WebhookSecret.of(row, signing_secret=row.secret)
 
     @router.post("/webhook_endpoints/{webhook_id}/test", response_model=WebhookTest)
-    def test_webhook(webhook_id: str, body: Sample, caller: Asking) -> WebhookTest:
-        return send_sample(find(), caller, webhook_id, body.event_type)
+    async def test_webhook(webhook_id: str, body: Sample, caller: Asking) -> WebhookTest:
+        return await send_sample(find(), caller, webhook_id, body.event_type)
 
     return router
 
@@ -148,8 +148,9 @@ def made_before(session: Session, caller: Caller, row: Webhook) -> Webhook | Non
     """The webhook of a request that is sent again, with its secret, which nobody has seen."""
     if not caller.is_again:
         return None
-    same = mine(Webhook, caller).where(Webhook.url == row.url, Webhook.name == row.name)
-    return session.scalars(same.where(Webhook.created_at > time.time() - AGAIN_S).order_by(Webhook.seq.desc())).first()
+    same = select(Webhook).where(Webhook.tenant == caller.tenant, Webhook.url == row.url, Webhook.name == row.name)
+    found = session.scalars(same.where(Webhook.created_at > time.time() - AGAIN_S).order_by(Webhook.seq.desc()))
+    return next((made for made in found if made.events == row.events and made.id not in caller.answers.heard), None)
 
 
 def rotate(service: Service, caller: Caller, id: str, is_kept: bool) -> Webhook:
@@ -178,16 +179,26 @@ def change(service: Service, caller: Caller, id: str, body: ChangedWebhook) -> W
     return row
 
 
-def send_sample(service: Service, caller: Caller, id: str, kind: str) -> WebhookTest:
-    """Send a sample now; Refusal 502 where nobody answers."""
-    with service.store.read() as session:
-        row = one(session, Webhook, caller, "webhook endpoint", id)
+async def send_sample(service: Service, caller: Caller, id: str, kind: str) -> WebhookTest:
+    """Send a sample now; Refusal 502 where nobody answers, 429 beside another of that tenant."""
+
+    def find() -> Webhook:
+        with service.store.read() as session:
+            return one(session, Webhook, caller, "webhook endpoint", id)
+
+    row = await asyncio.to_thread(find)
     if service.test_webhook is None:
         raise Refusal(501, "no_samples", "This endpoint sends no samples.", headers=FINAL)
+    if row.tenant in service.sampling:
+        words = "Another sample is being sent; wait for its answer."
+        raise Refusal(429, "sample_under_way", words, headers={"Retry-After": "2"})
+    service.sampling.add(row.tenant)
     try:
-        status = service.test_webhook(row, kind)
+        status = await service.test_webhook(row, kind)
     except EndpointError as error:
         raise Refusal(502, "webhook_unreachable", error.message, headers=FINAL) from error
+    finally:
+        service.sampling.discard(row.tenant)
     return WebhookTest(webhook_endpoint_id=row.id, event_type=kind, status_code=status)
 
 

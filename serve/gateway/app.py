@@ -33,7 +33,7 @@ from loraport.serve.gateway.calls import MARK, Call, Door
 from loraport.serve.gateway.forward import Forward, Gateway, limited
 from loraport.serve.gateway.keys import Key, Ring
 from loraport.serve.gateway.limits import Limits
-from loraport.serve.gateway.metrics import CONTENT_TYPE, Metrics
+from loraport.serve.gateway.metrics import CONTENT_TYPE, Metrics, without_keys
 from loraport.serve.gateway.refusals import Refusal, no_route, not_ready
 from loraport.serve.gateway.settings import GatewaySettings
 from loraport.serve.gateway.state import EngineState, Phase, Snapshot, Target
@@ -179,7 +179,7 @@ class Own:
     async def metrics(self, request: Request) -> Response:
         """GET /metrics: the gateway's figures, then those of the engines that are up."""
         request.scope[MARK].route = "/metrics"
-        access.may_see_metrics(request.scope, self.gateway.ring, self.gateway.settings)
+        sees_keys = access.may_see_metrics(request.scope, self.gateway.ring, self.gateway.settings)
         snapshot = self.gateway.engine.snapshot
         are_many = len(snapshot.replicas) > 1
         wait_s = FIGURES_S if are_many else PROBE_S
@@ -188,6 +188,7 @@ class Own:
         page = await asyncio.to_thread(self.gateway.metrics.page, engines, are_many)
         if self.gateway.figures:
             page += await asyncio.to_thread(self.gateway.figures)
+        page = page if sees_keys else without_keys(page)
         return Response(page, media_type=None, headers={"content-type": CONTENT_TYPE})
 
     async def ask_all(

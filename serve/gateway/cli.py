@@ -8,6 +8,7 @@ gateway sees each change at its next request.
 
 import re
 import time
+from contextlib import closing
 from typing import Annotated, Any
 
 import typer
@@ -58,6 +59,7 @@ def keys_create(
     else:
         typer.echo(text)
     warn_of_unknown(home, allowed or [])
+    warn_of_inherited(home, name)
     if is_first:
         say("this is the first key: from now on every request needs one, on this machine too", "yellow")
     say(f"{name} {rights(key)}; it is shown only now. Clients take it from LORAPORT_API_KEY or OPENAI_API_KEY.", "dim")
@@ -121,6 +123,26 @@ def warn_of_unknown(home: Home, names: list[str]) -> None:
     if unknown:
         verb = "is no adapter" if len(unknown) == 1 else "are no adapters"
         say(f"note: {', '.join(unknown)} {verb} on this machine; the key works for a model that is served so", "yellow")
+
+
+def warn_of_inherited(home: Home, name: str) -> None:
+    """Say that files and jobs of an earlier key of that name are this one's; as far as the home's own database knows.
+
+    Asked without SQLAlchemy (serve/store), which takes longer to import than the rest of the command.
+    """
+    import sqlite3
+
+    path = home.root / "jobs.sqlite"
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            asked = "SELECT (SELECT count(*) FROM files WHERE tenant = ? AND status != 'deleted'), "
+            asked += "(SELECT count(*) FROM jobs WHERE tenant = ?)"
+            files, jobs = database.execute(asked, (name, name)).fetchone()
+    except sqlite3.Error:  # there is none, or one of another version
+        return
+    if files or jobs:
+        words = f"{files:,} {'file' if files == 1 else 'files'} and {jobs:,} {'job' if jobs == 1 else 'jobs'}"
+        say(f"warning: {words} of an earlier key named {name}, and its models, are this key's now", "yellow")
 
 
 def rights(key: Key) -> str:

@@ -20,6 +20,7 @@ from loraport.serve.gateway.state import EngineState, Phase
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 TUNED = "fine-tuned"  # all of them: there are any number, and each is known to its owner alone
+KEYS = re.compile(rb'(?!#)[^{]*\{(?:[^"]*"(?:[^"\\]|\\.)*",)*\s*(?:key|tenant)="')
 ADAPTERS = re.compile(rb"ftjob-[\w.-]*(?:@\w+)?")
 FIRST_BYTE_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
@@ -90,6 +91,11 @@ class Metrics:
         own = bytes(generate_latest(self.registry))
         shown = {number: without_names(page) for number, page in engines.items()}
         return own + (bytes(generate_latest(Merged(shown))) if are_many else b"".join(shown.values()))
+
+
+def without_keys(page: bytes) -> bytes:
+    """A page without the figures that name a key, or the tenant that is its name."""
+    return b"".join(line for line in page.splitlines(keepends=True) if not KEYS.match(line))
 
 
 def without_names(page: bytes) -> bytes:

@@ -11,14 +11,16 @@ loaded the gateway is told by `TunedModels` (serve/jobs/handover.py); nothing he
 """
 
 import asyncio
+import logging
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from loraport.clients.errors import EndpointError, EngineError, LoraportError
+from loraport.clients.errors import AdapterError, LoraportError, ResourceError, VerificationError
 from loraport.serve.gateway import models
-from loraport.serve.gateway.access import tenant_of
+from loraport.serve.gateway.access import ANYONE, tenant_of
 from loraport.serve.gateway.keys import Key
 from loraport.serve.gateway.refusals import Refusal, no_route, not_ready
 from loraport.serve.gateway.state import RETRY_S, Model, Phase
@@ -26,9 +28,20 @@ from loraport.serve.gateway.state import RETRY_S, Model, Phase
 if TYPE_CHECKING:
     from loraport.serve.gateway.forward import Gateway
 
+log = logging.getLogger("loraport.gateway")
 PUBLIC = "ft:"
 LOAD_WAIT_S = 60.0  # that a request waits for its model; then its client is told when to come back
 MOST_WAITED_FOR = 8  # models that are to be loaded, one after the other
+EACH_WAITED_FOR = 2  # of these, for one tenant where there are several
+FAILED_S, LONGEST_FAILED_S = 60.0, 3600.0  # before what could not be loaded is tried again: twice as long each time
+MOST_FAILED = 1000  # models of which that is remembered
+LOOKUPS = 4  # in the store at once
+# What a client is told of a load that failed. The error itself may name other models and places of this machine.
+WHY_NOT: dict[type[LoraportError], str] = {
+    AdapterError: "its files are not what the engine can load",
+    VerificationError: "the engine does not answer with it as it did in training",
+    ResourceError: "all LoRA slots are in use, or are too small for it",
+}
 TRIES = 3  # a model may be let go for another between its load and the request
 
 Result = TypeVar("Result")
@@ -73,29 +86,41 @@ class TunedModels(Protocol):
     def used(self, tuned: Tuned) -> None:
         """It was asked for now."""
 
-    def load(self, tuned: Tuned) -> None:
-        """Have the engines hold it, proven, and tell the gateway; nothing where they do."""
+    def load(self, tuned: Tuned, key: Key) -> None:
+        """Have the engines hold it, proven, and tell the gateway; nothing where they do, or where it is the key's no
+        longer.
+        """
 
     def delete(self, tuned: Tuned) -> None:
         """Serve it no longer, and remove it for good."""
 
 
 @dataclass
+class Failed:
+    """A load that failed: what to say of it, and until when (on the monotonic clock) it is not tried again."""
+
+    refusal: Refusal
+    wait_s: float
+    until: float
+
+
+@dataclass
 class Loads:
-    """Loads that are under way, by the name of what is loaded; one at a time, in a thread of their own."""
+    """Loads that are under way, by the name of what is loaded; one at a time, in a thread of their own.
 
-    tasks: "dict[str, asyncio.Future[None]]" = field(default_factory=dict)
-    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "models"))
+    `pending`: each with the tenant that asked first. Looking up and removing have threads of their own too: these wait
+    for the store and for loads, and nothing else of the gateway is to wait with them.
+    """
 
-    async def wait(self, tuned: Tuned, load: Callable[[Tuned], None]) -> None:
+    pending: "dict[str, tuple[asyncio.Future[None], str]]" = field(default_factory=dict)
+    failed: dict[str, Failed] = field(default_factory=dict)
+    thread: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, "models"))
+    lookups: Executor = field(default_factory=lambda: ThreadPoolExecutor(LOOKUPS, "lookups"))
+    removals: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, "removals"))
+
+    async def wait(self, tuned: Tuned, key: Key, load: Callable[[Tuned, Key], None]) -> None:
         """Until it is loaded; Refusal 503 where that takes too long, goes wrong, or too many wait."""
-        task = self.tasks.get(tuned.served)
-        if task is None:
-            if len(self.tasks) >= MOST_WAITED_FOR:
-                raise loading("Other fine-tuned models are being loaded")
-            task = asyncio.get_running_loop().run_in_executor(self.thread, load, tuned)
-            self.tasks[tuned.served] = task
-            task.add_done_callback(lambda done: self.forget(tuned.served, done))
+        task = self.pending[tuned.served][0] if tuned.served in self.pending else self.begin(tuned, key, load)
         await asyncio.wait({task}, timeout=LOAD_WAIT_S)
         if not task.done():
             raise loading("The model is being loaded")
@@ -105,11 +130,33 @@ class Loads:
         if error:
             raise error
 
-    def forget(self, served: str, done: "asyncio.Future[None]") -> None:
+    def begin(self, tuned: Tuned, key: Key, load: Callable[[Tuned, Key], None]) -> "asyncio.Future[None]":
+        """Have it loaded; Refusal 503 where too many wait, or where that failed a short while ago."""
+        failed, tenant = self.failed.get(tuned.served), tenant_of(key)
+        if failed and time.monotonic() < failed.until:
+            raise failed.refusal.again()
+        theirs = sum(asked_by == tenant for _, asked_by in self.pending.values())
+        most = MOST_WAITED_FOR if tenant == ANYONE.name else EACH_WAITED_FOR
+        if len(self.pending) >= MOST_WAITED_FOR or theirs >= most:
+            raise loading("Other fine-tuned models are being loaded")
+        task = asyncio.get_running_loop().run_in_executor(self.thread, load, tuned, key)
+        self.pending[tuned.served] = task, tenant
+        task.add_done_callback(lambda done: self.end(tuned, done))
+        return task
+
+    def end(self, tuned: Tuned, done: "asyncio.Future[None]") -> None:
         """A load is over; its error has been seen, even if nobody waits for it any more."""
-        self.tasks.pop(served, None)
-        if not done.cancelled():
-            done.exception()
+        self.pending.pop(tuned.served, None)
+        if done.cancelled():
+            return
+        error, before = done.exception(), self.failed.pop(tuned.served, None)
+        if error:
+            log.error("%s could not be loaded: %s: %s", tuned.reference, type(error).__name__, error)
+        if isinstance(error, (AdapterError, VerificationError)):
+            wait_s = min(LONGEST_FAILED_S, 2 * before.wait_s) if before else FAILED_S
+            self.failed[tuned.served] = Failed(not_served(tuned, error), wait_s, time.monotonic() + wait_s)
+            if len(self.failed) > MOST_FAILED:
+                del self.failed[next(iter(self.failed))]
 
 
 async def find(gateway: "Gateway", key: Key, name: str) -> tuple[Model, Tuned | None]:
@@ -120,14 +167,14 @@ async def find(gateway: "Gateway", key: Key, name: str) -> tuple[Model, Tuned | 
     """
     if gateway.tuned is None or not name.startswith(PUBLIC):
         return models.resolve(gateway.engine.snapshot, key, name), None
-    tuned = await known(gateway, key, name)
     for _ in range(TRIES):
+        tuned = await known(gateway, key, name)  # again after each load: it may be gone, or the key's no longer
         if gateway.engine.snapshot.phase is not Phase.READY:
             raise not_ready(gateway.engine.snapshot)
         gateway.tuned.used(tuned)
         if model := gateway.engine.snapshot.find(tuned.reference):
             return model, tuned
-        await gateway.loads.wait(tuned, gateway.tuned.load)
+        await gateway.loads.wait(tuned, key, gateway.tuned.load)
     raise loading("The slots of the engine are wanted by many models at once")
 
 
@@ -136,7 +183,7 @@ async def known(gateway: "Gateway", key: Key, name: str) -> Tuned:
     assert gateway.tuned is not None
     found = gateway.tuned.known(name)
     if found is None or not found.is_for(key):  # it may have been shared just now
-        found = await aside(gateway.tuned.find, name)
+        found = await aside(gateway.loads.lookups, gateway.tuned.find, name)
     if found is not None and found.is_for(key):
         return found
     mine = [tuned.name for tuned in await mine_of(gateway, key)]
@@ -145,7 +192,9 @@ async def known(gateway: "Gateway", key: Key, name: str) -> Tuned:
 
 async def mine_of(gateway: "Gateway", key: Key) -> list[Tuned]:
     """The fine-tuned models that a key may use."""
-    return await aside(gateway.tuned.listing, None if key.is_admin else tenant_of(key)) if gateway.tuned else []
+    if gateway.tuned is None:
+        return []
+    return await aside(gateway.loads.lookups, gateway.tuned.listing, None if key.is_admin else tenant_of(key))
 
 
 async def cards(gateway: "Gateway", key: Key) -> list[dict[str, Any]]:
@@ -178,17 +227,18 @@ async def delete(gateway: "Gateway", key: Key, name: str) -> dict[str, Any]:
     tuned = await known(gateway, key, name)
     if not key.is_admin and tuned.tenant != tenant_of(key):
         raise Refusal(403, "not_owner", f"{name} was shared with this key; only its owner may delete it.")
-    await aside(gateway.tuned.delete, tuned)
+    await aside(gateway.loads.removals, gateway.tuned.delete, tuned)
     return {"id": name, "object": "model", "deleted": True}
 
 
-async def aside(work: Callable[..., Result], *given: Any) -> Result:
-    """Do what blocks in a thread; Refusal 503 where it cannot be done now."""
+async def aside(threads: Executor, work: Callable[..., Result], *given: Any) -> Result:
+    """Do what blocks in a thread; Refusal 503 where it cannot be done now, whose reason is for the log alone."""
     try:
-        return await asyncio.to_thread(work, *given)
+        return await asyncio.get_running_loop().run_in_executor(threads, work, *given)
     except LoraportError as error:
-        headers = {"Retry-After": str(RETRY_S)}
-        raise Refusal(503, "not_now", error.message, headers=headers, hint=error.hint) from error
+        log.error("%s: %s", type(error).__name__, error.message)
+        words = "The endpoint cannot look up or change its fine-tuned models now; try again."
+        raise Refusal(503, "not_now", words, headers={"Retry-After": str(RETRY_S)}) from error
 
 
 def loading(reason: str) -> Refusal:
@@ -197,8 +247,8 @@ def loading(reason: str) -> Refusal:
 
 
 def not_served(tuned: Tuned, error: LoraportError) -> Refusal:
-    """503 in words that name the model as its owner knows it. What time will not mend is not to be tried again."""
-    words = error.message.replace(tuned.reference, tuned.name).replace(tuned.served, tuned.name)
-    is_passing = isinstance(error, (EngineError, EndpointError))
-    headers = {"Retry-After": str(RETRY_S)} if is_passing else {"x-should-retry": "false"}
-    return Refusal(503, "model_not_served", f"{tuned.name} cannot be served: {words}", headers=headers)
+    """503 in words of our own. What time alone will not mend is not to be tried again by the client."""
+    words = next((said for kind, said in WHY_NOT.items() if isinstance(error, kind)), None)
+    headers = {"x-should-retry": "false"} if words else {"Retry-After": str(RETRY_S)}
+    reason = words or "the engine cannot take it now; try again"
+    return Refusal(503, "model_not_served", f"{tuned.name} cannot be served: {reason}.", headers=headers)

@@ -7,6 +7,7 @@ A job that runs has its GPUs, and a job that has GPUs runs: both are written tog
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import ColumnElement, case, func, or_, select
 from sqlalchemy.orm import Session
@@ -38,20 +39,20 @@ def admit(store: Store, placer: Placer, settings: QueueSettings, now: float) -> 
     if not is_worth_it(store, placer, now):
         return []
     with store.begin() as session:
-        free = placer.look(session)
+        placer.look(session)
         queued = load_queued(session)
 
-        def take(job: Waiting) -> int | None:
-            return placer.take(session, job.id, queued[job.id].needs, now)
+        def take(job: Waiting, avoid: str | None) -> int | None:
+            return placer.take(session, job.id, queued[job.id].needs, now, avoid)
 
         names = choose(
             [job.waiting for job in queued.values()],
             load_running(session),
             load_used(session, now, settings.half_life_s),
-            gpus=free.gpus,
+            gpus=placer.most_gpus,
             take=take,
             now=now,
-            free=free.free,
+            free=placer.count_free,
             rules=settings.rules,
         )
         return [(name, attempt) for name in names if (attempt := start(session, placer, queued[name], now))]
@@ -62,7 +63,10 @@ def is_worth_it(store: Store, placer: Placer, now: float) -> bool:
     with store.read() as session:
         asked = select(func.count(), func.sum(case((Job.may_share, 1), else_=0)))
         count, sharers = session.execute(asked.where(*READY, Job.not_before <= now)).one()
-        return bool(count) and (placer.look(session).free > 0 or bool(sharers))
+        if not count:
+            return False
+        placer.look(session)
+        return bool(sharers) or any(placer.count_free().values())
 
 
 def load_queued(session: Session) -> dict[str, Queued]:
@@ -94,8 +98,8 @@ def load_queued(session: Session) -> dict[str, Queued]:
 
 def load_running(session: Session) -> list[Running]:
     """The jobs that have GPUs."""
-    began = func.min(Lease.created_at)
-    asked = select(Job.tenant, Job.gpus, began, Job.estimated_s).join(Lease, Lease.holder == Job.id)
+    began, node = func.min(Lease.created_at), func.min(Lease.node)  # it lies on one
+    asked = select(Job.tenant, Job.gpus, began, Job.estimated_s, node).join(Lease, Lease.holder == Job.id)
     return [Running(*row) for row in session.execute(asked.group_by(Job.seq))]
 
 
@@ -113,7 +117,8 @@ def load_used(session: Session, now: float, half_life_s: float) -> dict[str, flo
 def start(session: Session, placer: Placer, job: Queued, now: float) -> int:
     """Make a job run that has its GPUs; its attempt, 0 where it was cancelled or paused meanwhile."""
     attempt = job.attempt + 1
-    fields = {"attempt": attempt, "started_at": job.started_at or now, "wanted": None}
+    fields: dict[str, Any] = {"attempt": attempt, "started_at": job.started_at or now, "wanted": None}
+    fields["attempt_bytes"] = Job.progress_bytes  # all that earlier attempts have said was told
     if move(session, job.waiting.id, {Status.QUEUED}, Status.RUNNING, **fields):
         return attempt
     placer.pool.give_back(session, job.waiting.id)

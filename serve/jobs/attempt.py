@@ -33,7 +33,6 @@ from loraport.serve.runners.seams import LOG, Task
 from loraport.serve.store.tables import Job, Lease, Status
 
 SPARE_DISK = 256 << 20  # below which no training begins
-CLOCK_S = 0.5  # by which two clocks may differ: a trainer's, which takes longer to begin, and ours
 
 
 class Attempts:
@@ -42,6 +41,7 @@ class Attempts:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self.finishing = Finishing(parts)
+        self.training: set[str] = set()  # jobs whose trainers are ours to stop, whatever has become of their workflow
 
     def begin(self, job_id: str, attempt: int) -> dict[str, Any] | None:
         """Start the trainer; the error where that cannot be."""
@@ -56,9 +56,11 @@ class Attempts:
             self.parts.placer.make_room(job.estimated_s)
             if self.parts.stopping.is_set() or self.parts.leaving.is_set():  # making room may take a while
                 raise Leaving
+            self.training.add(job_id)
             self.parts.runner.start(self.task(job, share))
         except LoraportError as error:
-            return failure("resources_lacking", clean(error.message, self.names(job)), hint=error.hint)
+            names = self.names(job)
+            return failure("resources_lacking", clean(error.message, names), hint=clean(error.hint, names))
         return None
 
     def task(self, job: Job, share: Share) -> Task:
@@ -78,6 +80,7 @@ class Attempts:
 
         A server that is stopped ends it also where there is no store to ask or tell.
         """
+        self.training.add(job_id)
         try:
             self.follow_to_end(job_id, attempt)
         except Leaving:
@@ -126,6 +129,7 @@ class Attempts:
 
     def settle(self, job_id: str, attempt: int, error: dict[str, Any] | None) -> None:
         """Give the job its next status."""
+        self.training.discard(job_id)
         job = self.parts.patient(lambda: load_job(self.parts.store, job_id))
         if not is_of(job, attempt):
             return
@@ -136,8 +140,7 @@ class Attempts:
     def judge(self, job: Job) -> Outcome:
         """What came of the attempt."""
         folder = job_folder(self.parts.home, job.id)
-        began = self.parts.patient(lambda: self.began(job.id)) or job.started_at or 0.0
-        lines = said_since(folder / PROGRESS, began - CLOCK_S if not job.adapter else 0.0)
+        lines = said_since(folder / PROGRESS, job.attempt_bytes)
         return judge(self.parts.runner.outcome(job.id), lines, self.names(job), last_lines(folder / LOG))
 
     def names(self, job: Job) -> Mapping[str, str]:
@@ -183,9 +186,9 @@ def is_of(job: Job | None, attempt: int) -> TypeGuard[Job]:
     return job is not None and job.status == Status.RUNNING and job.attempt == attempt
 
 
-def said_since(path: Path, began: float) -> Sequence[Line]:
-    """How a trainer says that it ended, since a time; the file holds what earlier attempts said too."""
-    return [line for line in all_lines(path) if line.type in ENDS and float(line.said.get("at") or 0.0) >= began]
+def said_since(path: Path, start: int) -> Sequence[Line]:
+    """How a trainer says that it ended, from a byte on; before it stands what earlier attempts have said."""
+    return [line for line in all_lines(path, start=start) if line.type in ENDS]
 
 
 def train_command(folder: Path) -> list[str]:

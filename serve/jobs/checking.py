@@ -18,7 +18,8 @@ from sqlalchemy import and_, or_, select, update
 
 from loraport.clients.terminal import say
 from loraport.serve.jobs.durable import Leaving
-from loraport.serve.jobs.finishing import load_job, tidy
+from loraport.serve.jobs.finishing import load_job
+from loraport.serve.jobs.leftovers import tidy
 from loraport.serve.jobs.order import Running, Waiting, choose
 from loraport.serve.jobs.parts import Parts
 from loraport.serve.jobs.validate import Fit, Found, Later, Unfit
@@ -56,7 +57,7 @@ class Checking:
         waiting = [Waiting(job.id, job.tenant, job.seq, priority=job.priority) for job in jobs.values()]
         running = [Running(tenant, 1, 0.0) for tenant, _ in self.under_way.values()]
         used = {tenant: float(count) for tenant, count in self.had.items()}
-        for name in choose(waiting, running, used, gpus=room, take=lambda _: 1, now=0.0):
+        for name in choose(waiting, running, used, gpus=room, take=lambda *_: 1, now=0.0):
             self.begin(jobs[name])
 
     def to_check(self) -> dict[str, Job]:

@@ -7,8 +7,6 @@ handed over; only then the job has succeeded. A hand-over that the engine cannot
     >>> Finishing(parts).end(job, Status.FAILED, failure("time_limit_exceeded", "it trained for over 24 hours."))
 """
 
-import contextlib
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,11 @@ from sqlalchemy.orm import Session
 from loraport.clients.errors import AdapterError, LoraportError, VerificationError
 from loraport.serve.jobs.durable import Leaving
 from loraport.serve.jobs.follow import PROGRESS, is_number
+from loraport.serve.jobs.leftovers import tidy
 from loraport.serve.jobs.names import checkpoint_name
 from loraport.serve.jobs.outcome import Fault
 from loraport.serve.jobs.parts import Parts
-from loraport.serve.jobs.recipe import TRAINING, VALIDATION, job_folder
+from loraport.serve.jobs.recipe import job_folder
 from loraport.serve.jobs.results import keep_metrics, keep_report, metrics_by_step
 from loraport.serve.jobs.seams import Trained, TrainedCheckpoint
 from loraport.serve.jobs.words import clean, failure
@@ -83,16 +82,15 @@ class Finishing:
     def try_again(self, job: Job, fault: Fault) -> None:
         """Have a job wait for another attempt, or fail it where it had enough of them."""
         settings = self.parts.settings
-        faults = job.faults + fault.counts
-        lost = job.attempt - faults
+        faults, lost = job.faults + fault.counts, job.lost + (not fault.counts)
         if faults >= settings.attempts or lost >= settings.lost_attempts:
             error = dict(fault.error)
             error["message"] = clean(f"{error['message']} It was tried {job.attempt} times.")
-            self.end(job, Status.FAILED, error, faults=faults)
+            self.end(job, Status.FAILED, error, faults=faults, lost=lost)
             return
         wait_s = settings.backoff(faults)
         words = f"Attempt {job.attempt} failed: {fault.error['message']} The next one begins in {wait_s:.0f} s."
-        self.put_back(job, Status.QUEUED, clean(words), faults=faults, not_before=time.time() + wait_s)
+        self.put_back(job, Status.QUEUED, clean(words), faults=faults, lost=lost, not_before=time.time() + wait_s)
 
     def give_back(self, session: Session, job: Job) -> None:
         """End a job's leases, and add what they were used for."""
@@ -212,15 +210,6 @@ def checkpoint_metrics(checkpoint: TrainedCheckpoint, said: dict[str, Any]) -> d
     """OpenAI's metrics of a checkpoint, those that are known."""
     known = dict(checkpoint.metrics) | said
     return {"step": checkpoint.step} | {name: known[name] for name in (*METRICS, *FULL) if is_number(known.get(name))}
-
-
-def tidy(parts: Parts, job_id: str) -> None:
-    """Remove what only a training needs: its checkpoints, and its hold on the rows. The log stays."""
-    folder = job_folder(parts.home, job_id)
-    with contextlib.suppress(OSError):
-        shutil.rmtree(parts.home.root / "runs" / job_id, ignore_errors=True)
-        for name in (TRAINING, VALIDATION):
-            (folder / name).unlink(missing_ok=True)
 
 
 def load_job(store: Store, job_id: str) -> Job | None:

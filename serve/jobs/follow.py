@@ -78,9 +78,8 @@ def parse(raw: bytes) -> Mapping[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def all_lines(path: Path, until: int | None = None) -> Iterator[Line]:
-    """Every line of the file, or those that begin before byte `until`."""
-    start = 0
+def all_lines(path: Path, until: int | None = None, start: int = 0) -> Iterator[Line]:
+    """Every line of the file from byte `start` on, or those that begin before byte `until`."""
     while True:
         lines, end = read_lines(path, start)
         for line in lines:

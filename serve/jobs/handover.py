@@ -11,6 +11,7 @@ adapter at the endpoint gets room in the same way. Each load replays the recorde
     'ft:reader-9m:loraport:support:9f86d081884c'
 """
 
+import logging
 import threading
 import time
 from collections.abc import Collection, Sequence
@@ -21,17 +22,18 @@ from sqlalchemy import delete, select, update
 
 from loraport.clients.errors import (
     AdapterError,
-    EndpointError,
     EngineError,
     LoraportError,
     ResourceError,
     UsageError,
+    VerificationError,
 )
 from loraport.clients.home import Home
 from loraport.clients.terminal import say
 from loraport.serve.adapters.catalog import ALIASES
 from loraport.serve.adapters.live import Live
 from loraport.serve.adapters.remove import take_away
+from loraport.serve.gateway.keys import Key
 from loraport.serve.gateway.models import INTERNAL
 from loraport.serve.gateway.tuned import Tuned
 from loraport.serve.jobs.names import Names, model_name
@@ -42,6 +44,7 @@ from loraport.serve.store.tables import Checkpoint, Job, Permission, Status
 from loraport.train.adapters import versions
 from loraport.train.config import RunConfig
 
+log = logging.getLogger("loraport.gateway")
 ALL_LINEAR = "all-linear"  # as train/presets.py calls it
 MOST_HELD = 16  # fine-tuned models at once where adapters take turns in the slots: each load is proven beside all
 LAST_REQUESTS_S = 3600.0  # of a model that is deleted
@@ -56,6 +59,7 @@ class Models(Names):
         self.home, self.live = home, live
         self.asked: dict[str, float] = {}  # when, on the monotonic clock, by what the engine calls it
         self.loading: str | None = None
+        self.removed: set[str] = set()  # what the engine calls models that were deleted
         live.give_way = self.give_way
 
     def accept(self, job: Job, trained: Trained) -> str:
@@ -65,15 +69,30 @@ class Models(Names):
         """
         tuned = Tuned(model_name(job), f"{trained.name}@{trained.version}", job.tenant, base=job.model)
         try:
-            self.load(tuned)
-        except EndpointError as error:
-            raise EngineError(error.message, error.hint, error.details) from error
-        except UsageError as error:
-            raise AdapterError(error.message, error.hint, error.details) from error
-        except ResourceError as error:
-            kind = EngineError if self.fits(tuned) else AdapterError
-            raise kind(error.message, error.hint, error.details) from error
+            self.hold(tuned)
+        except LoraportError as error:
+            raise self.for_owner(tuned, error) from error
         return tuned.name
+
+    def for_owner(self, tuned: Tuned, error: LoraportError) -> LoraportError:
+        """An error of a load as the owner of the job is told it: nothing of other models, and no place of this machine.
+
+        What is wrong with another model, or with the engine, is no failure of this job: EngineError, to be tried again.
+        """
+        log.error("%s could not be handed over: %s: %s", tuned.reference, type(error).__name__, error.message)
+        words = error.message
+        for place, name in ((self.home.root, "the home"), (self.live.base.folder, self.live.base_name)):
+            words = words.replace(str(place), name)
+        is_too_large = isinstance(error, ResourceError) and not self.fits(tuned)
+        if isinstance(error, (AdapterError, UsageError)) or is_too_large:
+            return AdapterError(words)
+        if isinstance(error, VerificationError) and tuned.reference in error.message:
+            return VerificationError(words, error.hint, error.details)
+        if isinstance(error, VerificationError) and f"for {self.live.base_name} " in error.message:
+            return VerificationError("beside this model the base does not answer as it does alone.")
+        if isinstance(error, EngineError):
+            return EngineError(words, error.hint)  # it says which phase the engine is in
+        return EngineError("the engine cannot take the model beside its others now.", "it is tried again")
 
     def fits(self, tuned: Tuned) -> bool:
         """Whether the slots of this endpoint would hold it, if they were free."""
@@ -88,10 +107,22 @@ class Models(Names):
         """It was asked for now."""
         self.asked[tuned.served] = time.monotonic()
 
-    def load(self, tuned: Tuned) -> None:
-        """Have the engines hold it, proven, and tell the gateway; nothing where they do. Any of Live's errors."""
+    def load(self, tuned: Tuned, key: Key) -> None:
+        """Have the engines hold it, proven, and tell the gateway; nothing where they do. Any of Live's errors.
+
+        It has waited for its turn: what was deleted meanwhile, or is the key's no longer, is not loaded.
+        """
+        try:
+            found = self.find(tuned.name)
+        except ResourceError as error:
+            raise EngineError("nobody can say now whether the model is still there.", "try again") from error
+        if found is not None and found.is_for(key):
+            self.hold(tuned)
+
+    def hold(self, tuned: Tuned) -> None:
+        """The same for a model that is there, as far as its caller knows."""
         with self.live.lock:
-            if self.live.engine.snapshot.find(tuned.reference):
+            if tuned.served in self.removed or self.live.engine.snapshot.find(tuned.reference):
                 return
             self.used(tuned)
             self.loading = tuned.served
@@ -130,6 +161,7 @@ class Models(Names):
         Requests under way are answered first: after a while without the caller.
         """
         references = self.forget_rows(tuned)
+        self.removed.update(reference.partition("@")[0] for reference in references)
         for reference in references:
             self.let_go(reference.partition("@")[0])
         burial = threading.Thread(target=self.bury, args=(references,), name="models", daemon=True)

@@ -1,4 +1,4 @@
-"""What has to be cleaned up now and then: leases and checkpoints of jobs that are over, DBOS's memory, others' chores.
+"""What has to be cleaned up now and then: leftovers of jobs that are over, DBOS's memory, others' chores.
 
 Not by DBOS's schedules: each run of one is rows of its database, and it looks for changes of them only every so often;
 what is done here depends on nothing but the tables, and may be missed.
@@ -6,24 +6,19 @@ what is done here depends on nothing but the tables, and may be missed.
     >>> Housekeeping(parts, durable).tend()
 """
 
-import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-
-from sqlalchemy import select
+from functools import partial
 
 from loraport.clients.errors import LoraportError
 from loraport.clients.terminal import say
 from loraport.serve.jobs.durable import Durable
-from loraport.serve.jobs.finishing import tidy
+from loraport.serve.jobs.leftovers import SWEEPS
 from loraport.serve.jobs.parts import Parts
-from loraport.serve.pool.pool import ENGINE, lock_leases
-from loraport.serve.store.tables import ENDED, Job, Status
 
 EVERY_S = 60.0
 REMEMBERED_S = 24 * 3600.0  # by DBOS, of what is over
-JOB = "ftjob-"
 
 
 class Housekeeping:
@@ -44,7 +39,8 @@ class Housekeeping:
 
     def clean_up(self) -> None:
         """All chores; one that fails keeps none of the others."""
-        for chore in (lambda: sweep_leases(self.parts, spared=ENGINE), self.sweep_runs, self.forget, *self.chores):
+        ours: list[Callable[[], object]] = [partial(sweep, self.parts) for sweep in SWEEPS]
+        for chore in (*ours, self.forget, *self.chores):
             if self.parts.leaving.is_set():
                 return
             try:
@@ -54,30 +50,6 @@ class Housekeeping:
             except Exception as bug:
                 say(f"warning: cleaning up after fine-tuning jobs: {type(bug).__name__}: {bug}", "yellow")
 
-    def sweep_runs(self) -> None:
-        """Remove checkpoints of jobs that are over: who cancels one that waits does not.
-
-        Those of a job that nobody here knows stay: it may be another database's.
-        """
-        folders = [path for path in (self.parts.home.root / "runs").glob(f"{JOB}*") if path.is_dir()]
-        with self.parts.store.read() as session:
-            asked = select(Job.id).where(Job.id.in_([path.name for path in folders]), Job.status.in_(ENDED))
-            over = set(session.scalars(asked))
-        for path in folders:
-            if path.name in over:
-                shutil.rmtree(path, ignore_errors=True)
-                tidy(self.parts, path.name)
-
     def forget(self) -> None:
         """Have DBOS forget what is long over."""
         self.durable.forget(time.time() - REMEMBERED_S)
-
-
-def sweep_leases(parts: Parts, spared: str | None = None) -> None:
-    """End all leases but those of jobs that run, and of holders whose names begin with `spared`."""
-    with parts.store.begin() as session:
-        lock_leases(session)  # a job that is admitted meanwhile has its lease before it is seen to run
-        running = set(session.scalars(select(Job.id).where(Job.status == Status.RUNNING)))
-        parts.placer.pool.sweep(
-            session, lambda holder: holder in running or (spared is not None and holder.startswith(spared))
-        )

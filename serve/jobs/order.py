@@ -4,11 +4,12 @@ One pure pass over what waits and runs. Among jobs of the highest priority, the 
 GPU-seconds lately (what its running jobs will use counts already), then the one with fewer running jobs, then the
 oldest job. Who has waited for longer than `patience_s` goes before that. The first job that finds too few GPUs gets
 them reserved: who comes after it starts only if it will have ended by then, or needs none of them (EASY backfill).
-Places are given elsewhere: `take` says what a job got.
+A job lies on one node: what is free on several does not add up, and what is reserved lies on the one that has it
+soonest. Places are given elsewhere: `take` says what a job got.
 
     >>> waiting = [Waiting("a", "ann", 1), Waiting("b", "ann", 2), Waiting("c", "bob", 3)]
     >>> free = iter([1, 1])
-    >>> choose(waiting, [], {}, gpus=2, take=lambda job: next(free, None), now=0.0)
+    >>> choose(waiting, [], {}, gpus=2, take=lambda job, avoid: next(free, None), now=0.0)
     ['a', 'c']
 """
 
@@ -40,12 +41,13 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Running:
-    """A job that has GPUs."""
+    """A job that has GPUs, on `node`; None where they are nobody's alone."""
 
     tenant: str
     gpus: int
     started_at: float
     estimated_s: float | None = None
+    node: str | None = ""
 
     def ends_at(self, now: float) -> float:
         """When it should be done; infinite where nobody knows."""
@@ -63,22 +65,27 @@ class Rules:
 
 @dataclass
 class Reservation:
-    """GPUs kept for a job: all that it lacks are free `at`, and `spare` others then."""
+    """GPUs of a node kept for a job: all that it lacks are free there `at`, and `spare` others then."""
 
+    node: str
     at: float
     spare: int
 
     def lets(self, job: Waiting, now: float) -> bool:
-        """Whether a job may start without delaying the one that it is for."""
-        if job.estimated_s is not None and now + job.estimated_s <= self.at:
-            return True
-        if job.gpus > self.spare:
-            return False
-        self.spare -= job.gpus
-        return True
+        """Whether a job may start there without delaying the one that it is for."""
+        return self.is_over_by(job, now) or job.gpus <= self.spare
+
+    def is_over_by(self, job: Waiting, now: float) -> bool:
+        """Whether a job that starts now will have ended by then."""
+        return job.estimated_s is not None and now + job.estimated_s <= self.at
+
+    def spend(self, job: Waiting, gpus: int, now: float) -> None:
+        """Count a job that has started with so many of the node's free GPUs."""
+        if not self.is_over_by(job, now):
+            self.spare -= gpus
 
 
-Take = Callable[[Waiting], int | None]
+Take = Callable[[Waiting, str | None], int | None]
 
 
 def choose(
@@ -89,32 +96,39 @@ def choose(
     gpus: int,
     take: Take,
     now: float,
-    free: int | None = None,
+    free: Callable[[], Mapping[str, int]] | None = None,
     rules: Rules | None = None,
 ) -> list[str]:
     """The ids of the jobs that start now, in their order.
 
-    `used`: GPU-seconds of each tenant lately. `gpus`: how many there are, `free`: how many nobody has (None: all that
-    `running` leaves). `take(job)` gives a job its place: the number of free GPUs that it took, or None where it has to
-    wait.
+    `used`: GPU-seconds of each tenant lately. `gpus`: how many the largest node has, `free()`: how many nobody has now,
+    by node (None: there is one, and it is all that `running` leaves). `take(job, avoid)` gives a job its place, on
+    another node than `avoid`: the number of free GPUs that it took, or None where it has to wait.
     """
     rules = rules or Rules()
     turn = Turn(waiting, running, used, gpus, rules, now)
-    free = gpus - sum(job.gpus for job in running) if free is None else free
+    left: Mapping[str, int] = free() if free else {"": gpus - sum(job.gpus for job in running)}
     started: list[str] = []
     reserved: Reservation | None = None
-    while (job := turn.next(free)) is not None:
-        if reserved and not reserved.lets(job, now):
-            continue
-        fits = job.gpus <= free
-        taken = take(job) if fits or job.may_share else None
+    while (job := turn.next(sum(left.values()))) is not None:
+        avoid = reserved.node if reserved and not reserved.lets(job, now) else None
+        open_to = [count for node, count in left.items() if node != avoid]
+        fits = any(job.gpus <= count for count in open_to)
+        taken = take(job, avoid) if fits or (job.may_share and open_to) else None
         if taken is not None:
-            free -= taken
-            turn.start(job)
+            before, left = left, free() if free else {"": left[""] - taken}
+            turn.start(job, place(before, left))
             started.append(job.id)
+            if reserved:
+                reserved.spend(job, before.get(reserved.node, 0) - left.get(reserved.node, 0), now)
         elif not fits and reserved is None:
-            reserved = reserve(job, free, turn.running, now)
+            reserved = reserve(job, left, turn.running, now)
     return started
+
+
+def place(before: Mapping[str, int], after: Mapping[str, int]) -> str | None:
+    """The node where fewer GPUs are free now; None where there is none."""
+    return next((node for node, count in after.items() if count < before.get(node, 0)), None)
 
 
 class Turn:
@@ -163,11 +177,11 @@ class Turn:
         """Whether a tenant may have one more running job."""
         return self.rules.per_tenant is None or self.count[tenant] < self.rules.per_tenant
 
-    def start(self, job: Waiting) -> None:
+    def start(self, job: Waiting, node: str | None) -> None:
         """Count a job as running."""
         self.count[job.tenant] += 1
         self.charge(job.tenant, job.gpus, self.length(job.estimated_s))
-        self.running.append(Running(job.tenant, job.gpus, self.now, job.estimated_s))
+        self.running.append(Running(job.tenant, job.gpus, self.now, job.estimated_s, node))
 
     def charge(self, tenant: str, gpus: int, seconds: float) -> None:
         """Add what a job uses, or will."""
@@ -178,14 +192,20 @@ class Turn:
         return self.rules.unknown_s if estimated_s is None else estimated_s
 
 
-def reserve(job: Waiting, free: int, running: Sequence[Running], now: float) -> Reservation:
-    """When a job can have its GPUs at the latest, if all that run end as estimated."""
+def reserve(job: Waiting, free: Mapping[str, int], running: Sequence[Running], now: float) -> Reservation:
+    """Where and when a job can have its GPUs soonest, if all that run end as estimated."""
+    found = [reserve_on(node, job, count, running, now) for node, count in free.items()]
+    return min(found, key=lambda each: (each.at, -each.spare))
+
+
+def reserve_on(node: str, job: Waiting, free: int, running: Sequence[Running], now: float) -> Reservation:
+    """When it can have them on a node; never, where the node has too few."""
     at = now
-    for other in sorted(running, key=lambda other: other.ends_at(now)):
+    for other in sorted((each for each in running if each.node == node), key=lambda each: each.ends_at(now)):
         if free >= job.gpus:
             break
         free, at = free + other.gpus, other.ends_at(now)
-    return Reservation(at, free - job.gpus)
+    return Reservation(node, at if free >= job.gpus else math.inf, free - job.gpus)
 
 
 def decayed(gpu_s: float, ended_at: float, now: float, half_life_s: float) -> float:

@@ -10,15 +10,13 @@ so that a result that is written again after a kill -9 is the same file.
 import csv
 import hashlib
 import io
-import os
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from loraport.clients.errors import os_errors
-from loraport.clients.home import Home
+from loraport.clients.home import Home, write_whole
 from loraport.serve.jobs.follow import all_lines
 from loraport.serve.store.tables import File, Job
 
@@ -76,23 +74,9 @@ def keep_report(session: Session, home: Home, job: Job, path: Path) -> str | Non
 def keep(session: Session, home: Home, job: Job, name: str, content: bytes) -> str:
     """Store a file of a job under an id that follows from both."""
     file_id = "file-" + hashlib.sha256(f"{job.id}/{name}".encode()).hexdigest()[:24]
-    write_whole(home.ensure(home.root / "files") / file_id, content)
+    write_whole(home.ensure(home.root / "files") / file_id, content, is_private=True)
     row = session.scalars(select(File).where(File.id == file_id)).first() or File(id=file_id)
     row.tenant, row.filename, row.purpose = job.tenant, name, PURPOSE
     row.bytes, row.sha256, row.status = len(content), hashlib.sha256(content).hexdigest(), "processed"
     session.add(row)
     return file_id
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a private file that is there whole or not at all, also after a power cut."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with os_errors("writing", path):
-        try:
-            with os.fdopen(os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ them. One process of a home, or of a PostgreSQL, may have a queue: who starts it
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from sqlalchemy import select
@@ -27,7 +27,8 @@ from loraport.serve.jobs.admission import admit
 from loraport.serve.jobs.attempt import Attempts
 from loraport.serve.jobs.checking import Checker, Checking
 from loraport.serve.jobs.durable import Durable
-from loraport.serve.jobs.housekeeping import Housekeeping, sweep_leases
+from loraport.serve.jobs.housekeeping import Housekeeping
+from loraport.serve.jobs.leftovers import sweep_leases
 from loraport.serve.jobs.parts import Parts
 from loraport.serve.jobs.seams import HandOver
 from loraport.serve.jobs.settings import QueueSettings
@@ -48,7 +49,8 @@ BREATH_S = 0.02  # between two looks, however often somebody knocks
 class Queue:
     """The queue of one home. `start` before the engines start: where a survivor trains on their GPU, they stay away.
 
-    `command`: of a trainer, from its job's folder; None: `loraport train`. `chores` are done every minute.
+    `command`: of a trainer, from its job's folder; None: `loraport train`. `chores` are done every minute. `is_owner`:
+    whether this server has the queue for certain, else nothing is begun.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Queue:
         command: Callable[[Path], Sequence[str]] | None = None,
         validator: Checker | None = None,
         chores: Sequence[Callable[[], object]] = (),
+        is_owner: Callable[[], bool] = lambda: True,
     ) -> None:
         settings = settings or QueueSettings()
         placer = Placer(store, pool, serving, policy, window, port)
@@ -76,6 +79,7 @@ class Queue:
         self.durable = Durable(store.url, home, self.attempts)
         self.checking = Checking(self.parts, validator or Validator(store, home, base, settings, smallest_gpu(pool)))
         self.housekeeping = Housekeeping(self.parts, self.durable, chores)
+        self.is_owner = is_owner
         self.idle: set[str] = set()  # jobs that run and that nobody followed when it was looked last
         self.next_at = 0.0
         self.has_begun = False
@@ -92,7 +96,7 @@ class Queue:
 
     def take_over(self) -> None:
         """What has to be done before the first look. ResourceError where the store cannot be used: do it again."""
-        sweep_leases(self.parts)  # also of engines: there is no other server, and those here have none yet
+        sweep_leases(self.parts, spared=None)  # also of engines: there is no other server, and those here have none yet
         self.parts.placer.adopt()
         self.durable.start()
         self.go_on()
@@ -117,6 +121,8 @@ class Queue:
         while not self.is_ending:
             self.parts.knock.wait(self.parts.settings.tick_s)
             self.parts.knock.clear()
+            if not self.is_owner():
+                continue
             try:
                 if not self.has_begun:
                     self.take_over()
@@ -162,19 +168,33 @@ class Queue:
                 thread.join(LEAVE_S)
         self.durable.close()
 
+    def abandon(self) -> None:
+        """End as one whose jobs are another server's now: nothing is written of them. Their trainers here keep a
+        checkpoint and end, and the engine comes back.
+        """
+        self.close(stop_trainers=False)
+        self.stop_each(set(self.attempts.training))
+        self.parts.placer.let_back()
+
     def stop_trainers(self) -> None:
-        """Wait until whoever follows a trainer has stopped it; stop those that nobody does, for want of a database."""
-        if self.durable.under_way.wait(NOBODY_S):
-            return
+        """Wait until whoever follows a trainer has stopped it; stop those that nobody does, for want of a database.
+
+        DBOS ends a workflow that cannot write a step down, so that a trainer may have nobody though none is under way.
+        """
+        self.durable.under_way.wait(NOBODY_S)
+        self.stop_each(set(self.attempts.training))
+        self.durable.under_way.wait(LEAVE_S)
+
+    def stop_each(self, jobs: Collection[str]) -> None:
+        """Have the trainers of jobs keep a checkpoint, all at once, and wait until they are gone."""
         stopping = [
             threading.Thread(target=self.parts.runner.stop, args=(job_id, self.parts.settings.grace_s), daemon=True)
-            for job_id in self.durable.under_way.jobs
+            for job_id in jobs
         ]
         for thread in stopping:
             thread.start()
         for thread in stopping:
             thread.join()
-        self.durable.under_way.wait(LEAVE_S)
 
 
 def smallest_gpu(pool: Pool) -> int | None:

@@ -24,6 +24,8 @@ class QueueSettings:
     whose end nobody saw, because the machine itself went down. `time_limit_s`: of training, all attempts together.
     `grace_s`: for a trainer to write its checkpoint. `hand_over_s`: for an engine to take a result. `half_life_s`:
     until what a tenant has used counts half. `check_s`, `check_bytes`: what checking the files of a job may take.
+    `keep_failed_s`: how long adapters stay of jobs that failed or were cancelled. `keep_logs_s`: how long a job's
+    folder stays with its log, once it is over.
     """
 
     per_tenant: int | None = None
@@ -41,6 +43,8 @@ class QueueSettings:
     checks: int = field(default_factory=checks_at_once)
     check_s: float = 3600.0
     check_bytes: int = 16 * GIB
+    keep_failed_s: float = 24 * 3600.0
+    keep_logs_s: float = 30 * 24 * 3600.0
     price_per_gpu_hour: float | None = None
 
     @property

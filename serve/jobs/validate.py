@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ import yaml
 from sqlalchemy import select
 
 from loraport.clients.errors import ConfigError, DataError, LoraportError, os_errors
-from loraport.clients.home import Home, require_disk
+from loraport.clients.home import Home, require_disk, write_whole
+from loraport.serve.jobs.outcome import MACHINE
 from loraport.serve.jobs.process import Bounds, Ran, run
 from loraport.serve.jobs.recipe import (
     CHECKPOINTS,
@@ -32,7 +33,6 @@ from loraport.serve.jobs.recipe import (
     name_of_setting,
     run_config,
 )
-from loraport.serve.jobs.results import write_whole
 from loraport.serve.jobs.settings import QueueSettings
 from loraport.serve.jobs.words import clean, failure
 from loraport.serve.store.store import Store
@@ -96,27 +96,31 @@ class Validator:
     def check(self, job: Job, is_over: Callable[[], bool]) -> Found:
         """What is found; None where `is_over`. ResourceError passes where the store cannot be used."""
         folder = self.home.ensure(job_folder(self.home, job.id))
+        names = {f"{folder}/": "", str(folder): job.id, str(self.home.root): "the home"}
+        if Path(self.base).is_absolute():
+            names[str(self.base)] = job.model
         try:
             config = self.write(job, folder)
             rows = self.look("data", "check", folder, is_over)
             if rows.code != 0:
-                return None if is_over() else judge_rows(rows, folder)
+                return None if is_over() else judge_rows(rows, names)
             plan = self.look("plan", "train", folder, is_over)
             if plan.code == 0 and "rank" not in config and self.is_too_large(read(plan.out)):
                 config["rank"] = self.most_rank() if self.most_rank else None
                 write_config(folder / CONFIG, config)
                 plan = self.look("plan", "train", folder, is_over)
             if plan.code != 0:
-                return None if is_over() else judge_plan(plan)
+                return None if is_over() else judge_plan(plan, names)
             return self.fit(config, read(plan.out))
         except DataError as error:
             param = "validation_file" if error.file == VALIDATION else "training_file"
-            return Unfit(failure(f"invalid_{param}", error.message, param))
+            return Unfit(failure(f"invalid_{param}", clean(error.message, names), param))
         except ConfigError as error:
             named = name_of_setting(error.param) if error.param else None
-            return Unfit(failure("invalid_hyperparameters", error.message, named, error.hint))
+            words, hint = clean(error.message, names), clean(error.hint, names)
+            return Unfit(failure("invalid_hyperparameters", words, named, hint))
         except LoraportError as error:
-            return Later(failure("resources_lacking", clean(error.message, {str(self.home.root): "the home"})))
+            return Later(failure("resources_lacking", clean(error.message, names)))
 
     def write(self, job: Job, folder: Path) -> dict[str, Any]:
         """The run configuration of a job and its rows, in its folder."""
@@ -177,14 +181,14 @@ class Validator:
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
     """A run configuration as the YAML file that `loraport train --config` reads."""
-    write_whole(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
+    write_whole(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode(), is_private=True)
 
 
-def judge_rows(ran: Ran, folder: Path) -> Unfit | Later:
-    """What `loraport data check` refused, with the rows at fault."""
+def judge_rows(ran: Ran, names: Mapping[str, str]) -> Unfit | Later:
+    """What `loraport data check` refused, with the rows at fault. `names`: what paths are called."""
     found = [each for each in read(ran.out).get("findings", []) if each.get("level") == "error"]
     if not found:
-        return judge(ran, "invalid_training_file", "training_file")
+        return judge(ran, "invalid_training_file", "training_file", names)
     rows = [row for each in found for row in each.get("rows", [])]
     is_trained = any(row.get("data") != "eval" for row in rows) or not rows
     param = PARAMS["train" if is_trained else "eval"]
@@ -192,7 +196,7 @@ def judge_rows(ran: Ran, folder: Path) -> Unfit | Later:
     count = sum(int(each.get("count") or 0) for each in found)
     more = f"; {count - ROWS_SHOWN} more" if len(told) >= ROWS_SHOWN and count > ROWS_SHOWN else ""
     summary = " ".join(str(each.get("message", "")) for each in found)
-    words = clean(f"{summary} {'; '.join(told[:ROWS_SHOWN])}{more}", {f"{folder}/": ""})
+    words = clean(f"{summary} {'; '.join(told[:ROWS_SHOWN])}{more}", names)
     return Unfit(failure(f"invalid_{param}", words, param))
 
 
@@ -202,26 +206,32 @@ def describe(row: dict[str, Any]) -> str:
     return f"Line {row['row']}: {detail}" if row.get("row") else detail[:1].upper() + detail[1:]
 
 
-def judge_plan(ran: Ran) -> Unfit | Later:
-    """What `loraport plan train` refused."""
+def judge_plan(ran: Ran, names: Mapping[str, str]) -> Unfit | Later:
+    """What `loraport plan train` refused. `names`: what paths are called."""
     verdict = read(ran.out)
     if ran.code == 3 and verdict.get("fits") is False:
-        return Unfit(failure("insufficient_memory", str(verdict.get("verdict") or "the training does not fit.")))
-    return judge(ran, "invalid_hyperparameters", None)
+        words = clean(str(verdict.get("verdict") or "the training does not fit."), names)
+        return Unfit(failure("insufficient_memory", words))
+    return judge(ran, "invalid_hyperparameters", None, names)
 
 
-def judge(ran: Ran, code: str, param: str | None) -> Unfit | Later:
-    """What is known of a check that left no document: its last words."""
-    said = [line.removeprefix("error: ") for line in ran.said if line.startswith(("error: ", "hint: "))]
+def judge(ran: Ran, code: str, param: str | None, names: Mapping[str, str]) -> Unfit | Later:
+    """What is known of a check that left no verdict: its error, or its last words. `names`: what paths are called."""
+    error = read(ran.out).get("error") or {}
+    told = [line.removeprefix("error: ") for line in ran.said if line.startswith(("error: ", "hint: "))]
+    said = clean(" ".join(told), names)
+    if ran.code == 3 and error.get("kind") in MACHINE:
+        return Later(failure("resources_lacking", clean(str(error.get("message")), names)))
     if ran.code == 2:
-        return Unfit(failure("invalid_hyperparameters", " ".join(said) or "the settings are refused."))
+        return Unfit(failure("invalid_hyperparameters", said or "the settings are refused."))
     if ran.code == 3 and said:
-        return Unfit(failure(code, " ".join(said), param))
+        return Unfit(failure(code, said, param))
     if ran.is_late:
         return Unfit(failure(code, "checking took too long; give fewer rows.", param))
     if any("MemoryError" in line or "std::bad_alloc" in line for line in ran.said):
         return Unfit(failure(code, "checking needs more memory than it may take; give fewer or shorter rows.", param))
-    return Later(failure("server_error", f"the check ended with exit code {ran.code}: {' '.join(ran.said[-1:])}"))
+    last = clean(" ".join(ran.said[-1:]), names)
+    return Later(failure("server_error", f"the check ended with exit code {ran.code}: {last}"))
 
 
 def read(out: str) -> dict[str, Any]:

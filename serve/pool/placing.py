@@ -5,14 +5,14 @@ the engine has left; it comes back when no job has its GPUs any more. While a re
 makes the engine leave: the result would not be served for as long as that job takes.
 
     >>> with store.begin() as session:
-    ...     free = placer.look(session)
-    ...     taken = placer.take(session, job_id, needs)     # GPUs that nobody had, None: the job waits
+    ...     placer.look(session)
+    ...     taken = placer.take(session, job_id, needs, now)     # GPUs that nobody had, None: the job waits
 """
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 from sqlalchemy.orm import Session
@@ -40,14 +40,6 @@ class Serving(Protocol):
         """Bring the engines back, with all adapters verified. Returns when they are ready; twice is fine."""
 
 
-@dataclass(frozen=True)
-class Free:
-    """GPUs in all, and those that no job has."""
-
-    gpus: int
-    free: int
-
-
 class Placer:
     """The pool and the engine behind one port. `look`, then `take`, are of one transaction and one thread."""
 
@@ -70,14 +62,27 @@ class Placer:
         self.returning: threading.Thread | None = None
         self.not_before = 0.0
 
-    def look(self, session: Session) -> Free:
-        """See what is free now; `take` goes by it."""
+    def look(self, session: Session) -> None:
+        """See what is free now; what follows goes by it, and `take` looks again."""
         self.rooms = self.pool.free(session)
-        return Free(len(self.rooms), sum(not room.jobs for room in self.rooms))
 
-    def take(self, session: Session, job_id: str, needs: Needs, now: float) -> int | None:
-        """Lease what a job needs: how many GPUs it has that no job had. None: it waits."""
-        decision = decide(needs, self.rooms, self.serving.gpus, self.policy, self.window, now)
+    @property
+    def most_gpus(self) -> int:
+        """GPUs of the largest node."""
+        return max(Counter(room.node for room in self.rooms).values(), default=0)
+
+    def count_free(self) -> dict[str, int]:
+        """GPUs that no job has, by node."""
+        found = dict.fromkeys((room.node for room in self.rooms), 0)
+        for room in self.rooms:
+            found[room.node] += not room.jobs
+        return found
+
+    def take(self, session: Session, job_id: str, needs: Needs, now: float, avoid: str | None = None) -> int | None:
+        """Lease what a job needs, not on the node `avoid`: how many GPUs it has that no job had. None: it waits."""
+        rooms = [room for room in self.rooms if room.node != avoid]
+        home = self.rooms[0].node if self.rooms else None
+        decision = decide(needs, rooms, self.serving.gpus, self.policy, self.window, now, engine_node=home)
         if isinstance(decision, Yield) and self.results:
             return None
         if not isinstance(decision, (Run, Yield)):
@@ -86,9 +91,9 @@ class Placer:
             self.pool.give_back(session, engine_holder(self.port))
         if not self.pool.take(session, job_id, decision.share):
             return None
-        before = sum(not room.jobs for room in self.rooms)
-        self.rooms = self.pool.free(session)
-        return before - sum(not room.jobs for room in self.rooms)
+        before = sum(self.count_free().values())
+        self.look(session)
+        return before - sum(self.count_free().values())
 
     def share_of(self, job_id: str) -> Share | None:
         """What a job has leased."""
@@ -146,6 +151,17 @@ class Placer:
                 self.not_before = time.monotonic() + AGAIN_S
                 say(f"warning: the engine is not back yet: {error.message}", "yellow")
         when_back()
+
+    def let_back(self) -> None:
+        """Resume the engine, whatever the tables say of its GPUs: trainers of this server have none any more."""
+        with self.lock:
+            if not self.is_away:
+                return
+            try:
+                self.serving.resume()
+                self.is_away = False
+            except LoraportError as error:
+                say(f"warning: the engine is not back: {error.message}", "yellow")
 
     def add_results(self, count: int) -> None:
         """So many results more wait to be handed over, or fewer."""

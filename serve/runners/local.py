@@ -78,9 +78,8 @@ class Record:
 
     @property
     def session(self) -> int | None:
-        """The session of the shell; None where its number is another's by now, which cannot be while it has members."""
-        pid, ticks = self.shell
-        return pid if self.boot == shell.boot_id() and shell.identity(pid)[1] in (0, ticks) else None
+        """The session of the shell, while shell or trainer live; None when its number may be somebody else's."""
+        return self.shell[0] if self.lives(self.shell) or self.lives(self.trainer) else None
 
 
 class LocalRunner:
@@ -192,8 +191,12 @@ class LocalRunner:
         finally:
             os.close(status)
         if why or not has_begun(task):
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            try:
                 child.wait(END_S)
+            except subprocess.TimeoutExpired:  # it hangs: nobody may find its trainer running later
+                os.killpg(child.pid, signal.SIGKILL)  # its id is its own until it is waited for
+                child.wait()
+                end_all(task.job_id, read_record(task.folder))
             raise ResourceError(
                 f"the trainer cannot be started: {why or 'its shell has ended'}.", "see train.log in the job's folder"
             )

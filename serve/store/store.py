@@ -31,6 +31,15 @@ DATABASE = "jobs.sqlite"
 BUSY_MS = 30_000
 CONNECTIONS = 20  # kept; as many more while they are needed
 MIGRATING = 0x6C6F7261  # the advisory lock of who migrates a PostgreSQL
+# libpq's, where the URL does not say otherwise: a PostgreSQL that is unplugged is found gone in half a minute.
+WATCHED = {
+    "connect_timeout": "10",  # seconds, as all but the last, which is in milliseconds
+    "keepalives": "1",
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "20000",
+}
 
 
 class Store:
@@ -89,10 +98,10 @@ def database_url(home: Home, url: str | None) -> URL:
     except ArgumentError:
         raise ConfigError("the URL of the database is not one.", "postgresql://USER:PASSWORD@HOST/DATABASE") from None
     if made.drivername in ("postgres", "postgresql"):
-        return made.set(drivername="postgresql+psycopg")
+        made = made.set(drivername="postgresql+psycopg")
     if made.drivername not in ("sqlite", "postgresql+psycopg"):
         raise ConfigError(f"jobs cannot be kept in {made.drivername}.", "use PostgreSQL, or leave it away for SQLite")
-    return made
+    return made if made.drivername == "sqlite" else made.set(query=WATCHED | dict(made.query))
 
 
 def connect(url: URL) -> Engine:
@@ -157,7 +166,7 @@ def database_errors(url: URL) -> Iterator[None]:
         if not is_environment(error):
             raise
         reason = str(error.orig).strip().splitlines()[0].rstrip(".")
-        where = url.database if url.drivername == "sqlite" else url.render_as_string(hide_password=True)
+        where = url.database if url.drivername == "sqlite" else url.set(query={}).render_as_string(hide_password=True)
         raise ResourceError(
             f"the database of jobs at {where} cannot be used: {reason}.",
             "check that its disk has room and that it runs; nothing was changed",

@@ -125,7 +125,8 @@ class Job(Sequenced):
     """A fine-tuning job. What the client said stands as it was said; `config` is the run configuration made of it.
 
     `wanted` is what somebody has asked for and the queue has not done yet: pause or cancel. `attempt` counts starts of
-    the trainer. `gpu_s`: GPU-seconds spent by all attempts. `request_sha256` tells a request that was sent again.
+    the trainer, whatever ended them. `gpu_s`: GPU-seconds spent by all attempts. `request_sha256` tells a request that
+    was sent again.
     """
 
     __tablename__ = "jobs"
@@ -154,6 +155,7 @@ class Job(Sequenced):
 
     attempt: Mapped[int] = mapped_column(Integer, default=0)
     faults: Mapped[int] = mapped_column(Integer, default=0)  # attempts that the machine failed, not the job
+    lost: Mapped[int] = mapped_column(Integer, default=0)  # attempts whose end nobody saw
     not_before: Mapped[float] = mapped_column(Double, default=0.0)
     queued_at: Mapped[float | None] = mapped_column(Double)
     started_at: Mapped[float | None] = mapped_column(Double)
@@ -161,10 +163,11 @@ class Job(Sequenced):
     estimated_finish: Mapped[float | None] = mapped_column(Double)
     gpu_s: Mapped[float] = mapped_column(Double, default=0.0)
     progress_bytes: Mapped[int] = mapped_column(BigInteger, default=0)  # of the trainer's progress file, read so far
+    attempt_bytes: Mapped[int] = mapped_column(BigInteger, default=0)  # of it, what earlier attempts have said
 
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     adapter: Mapped[str | None] = mapped_column(String(96))  # `name@v1` in the home
-    fine_tuned_model: Mapped[str | None] = mapped_column(String(255), index=True)
+    fine_tuned_model: Mapped[str | None] = mapped_column(Text, index=True)  # as long as the name of its base
     result_file: Mapped[str | None] = mapped_column(String(64))  # metrics of each step, as CSV
     report_file: Mapped[str | None] = mapped_column(String(64))  # of what was trained and fell short, as HTML
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON)  # code, message, param
@@ -198,7 +201,7 @@ class Checkpoint(Sequenced):
     id: Mapped[str] = mapped_column(String(64), unique=True, default=lambda: new_id("ftckpt_"))
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
     step: Mapped[int] = mapped_column(BigInteger)
-    model: Mapped[str] = mapped_column(String(255), unique=True)
+    model: Mapped[str] = mapped_column(Text, unique=True)
     adapter: Mapped[str] = mapped_column(String(96))
     metrics: Mapped[dict[str, Any]] = mapped_column(JSON)
 
@@ -210,7 +213,7 @@ class Permission(Sequenced):
 
     __tablename__ = "permissions"
     id: Mapped[str] = mapped_column(String(64), unique=True, default=lambda: new_id("cp_"))
-    model: Mapped[str] = mapped_column(String(255))
+    model: Mapped[str] = mapped_column(Text)
     tenant: Mapped[str] = mapped_column(String(64))  # who may
     granted_by: Mapped[str] = mapped_column(String(64))
 

@@ -155,11 +155,12 @@ def jobs_logs(
         after, is_over = 0, False
         while True:
             path = f"/fine_tuning/jobs/{job}/log"
-            said = client.get(path, cast_to=HttpxBinaryResponseContent, options={"params": {"after": after}}).read()
-            after += len(said)
-            sys.stdout.write(said.decode(errors="replace"))
+            answer = client.get(path, cast_to=HttpxBinaryResponseContent, options={"params": {"after": after}})
+            said = answer.read()
+            sys.stdout.write(plain(said))
             sys.stdout.flush()
             if said:
+                after = int(answer.response.headers["x-log-end"])
                 continue
             if is_over or not follow_it:
                 break
@@ -210,6 +211,11 @@ def change(job: str, base_url: str | None, json: bool, verb: "Callable[[OpenAI],
         return
     wanted = (ours(found).get("wanted") or "") if found.status not in ENDED else ""
     say(f"{job} is {found.status}{f'; it is to {wanted} as soon as its trainer has ended' if wanted else ''}.", "bold")
+
+
+def plain(said: bytes) -> str:
+    """A part of a log for any terminal: a trainer must not steer it. What overwrites its line gets lines of its own."""
+    return printable(said.decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def newest(client: "OpenAI", limit: int) -> list[Any]:
