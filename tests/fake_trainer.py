@@ -58,8 +58,8 @@ def fail_at(step: int) -> None:
 
 done = int(checkpoint.read_text()) if checkpoint.exists() else 0
 starts = (folder / "journal.txt").read_text().count("start") if (folder / "journal.txt").exists() else 0
-journal(f"start {os.getpid()}")
 signal.signal(signal.SIGTERM, signal.SIG_IGN if knobs.get("deaf") else stop)
+journal(f"start {os.getpid()}")
 say("phase", name="training")
 say("start", steps=steps, first_step=done, rows=10)
 sys.stderr.write("a line of the log\n")
@@ -68,6 +68,7 @@ fail_at(done)
 for step in range(done + 1, steps + 1):
     time.sleep(step_s)
     loss = round(1.0 / step, 4)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # a step is whole, with its checkpoint
     say(
         "metrics", step=step, steps=steps, train_loss=loss, train_mean_token_accuracy=0.5, tokens=100 * step, left_s=1.0
     )
@@ -76,6 +77,7 @@ for step in range(done + 1, steps + 1):
     partial = checkpoint.with_suffix(".new")
     partial.write_text(str(step))
     partial.replace(checkpoint)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     fail_at(step)
 say("evaluation", step=steps, valid_loss=0.25, valid_mean_token_accuracy=0.75)
 made = [

@@ -233,6 +233,14 @@ def test_a_load_that_failed_is_not_tried_again_at_once(box: Tuning) -> None:
     assert box.ask("ann", name).status_code == 200 and failed == {}
 
 
+def test_a_model_is_not_barred_for_what_another_does(box: Tuning, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"{box.succeed(steps=(5,))}:ckpt-step-5"
+    with monkeypatch.context() as patched:
+        patched.setattr(box.at.live, "load", raising(MIXED))
+        assert box.ask("ann", name).status_code == 503
+    assert box.at.running.gateway.loads.failed == {} and box.ask("ann", name).status_code == 200
+
+
 def test_where_there_are_no_keys_nobody_leaves_room() -> None:
     loads = tuned.Loads(thread=ThreadPoolExecutor(1))
     go = threading.Event()

@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -236,7 +237,7 @@ def test_a_job_that_waits_or_is_checked_can_be_ended_by_others(lite: Queue) -> N
 
 
 def test_a_job_that_was_paused_while_it_was_checked_is_checked_when_it_goes_on(lite: Queue) -> None:
-    job_id = submit(lite, check_s=0.3, steps=1)
+    job_id = submit(lite, check_s=2.0, steps=1)
     wait_for(lambda: lite.checking.under_way)
     with lite.parts.store.begin() as session:
         assert move(session, job_id, {Status.VALIDATING}, Status.PAUSED)
@@ -275,7 +276,7 @@ def test_a_job_that_waits_for_its_hand_over_can_be_cancelled(lite: Queue) -> Non
 
 
 def test_jobs_get_gpus_of_their_own_and_large_ones_are_not_starved(queue: Queue, home: Home) -> None:
-    first = [submit(queue, steps=20, step_s=0.02, estimate=0.4) for _ in range(2)]
+    first = [submit(queue, steps=100, step_s=0.02, estimate=2.0) for _ in range(2)]
     for job_id in first:
         wait_for(lambda job_id=job_id: is_training(home, job_id))  # type: ignore[misc]
     large = submit(queue, "bob", steps=1, gpus=2)
@@ -304,9 +305,11 @@ def test_the_engine_leaves_for_a_job_and_is_back_for_its_hand_over(home: Home) -
 def test_jobs_share_a_gpu_when_they_may(home: Home) -> None:
     with serving(home, gpus=1) as queue:
         jobs = [submit(queue, steps=3000, step_s=0.01, bytes=4, may_share=True) for _ in range(2)]
-        third = submit(queue, steps=1, bytes=4, may_share=True)
         for job_id in jobs:
             wait_for(lambda job_id=job_id: is_training(home, job_id))  # type: ignore[misc]
+        third = submit(queue, steps=1, bytes=4, may_share=True)
+        wait(queue, third, Status.QUEUED)
+        time.sleep(3 * queue.parts.settings.tick_s)
         assert get(queue, third).status == Status.QUEUED
         for job_id in jobs:
             want(queue, job_id, "cancel")

@@ -160,7 +160,7 @@ def test_jobs_that_another_server_has_are_left_to_it(home: Home) -> None:
     engine = Engine({0: 9})
     queue = make_queue(home, gpus=1, engine=engine, policy=Policy.YIELD)
     queue.start()
-    job_id = submit(queue, steps=100, step_s=0.02)
+    job_id = submit(queue, steps=500, step_s=0.02)
     wait_for(lambda: is_training(home, job_id))
     queue.abandon()
     assert journal(home, job_id)[-1] == "end" and engine.told == ["suspend", "resume"]
@@ -169,6 +169,48 @@ def test_jobs_that_another_server_has_are_left_to_it(home: Home) -> None:
     queue.parts.store.close()
     with serving(home, gpus=1) as queue:
         assert wait(queue, job_id).status == Status.SUCCEEDED
+
+
+def test_an_engine_that_could_not_come_back_is_asked_again(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine({0: 9})
+    queue = make_queue(home, gpus=1, engine=engine, policy=Policy.YIELD)
+    placer = queue.parts.placer
+    placer.is_away = True
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "resume", raise_engine_error)
+        placer.let_back()
+    assert placer.is_away
+    placer.let_back()
+    assert not placer.is_away and engine.told == ["resume"]
+    with queue.parts.store.begin() as session:
+        session.add(Lease(holder="ftjob-1", node="box", gpu=0))
+    placer.make_room(None)
+    assert engine.told == ["resume"], "it leaves for nobody: the queue is another's"
+    queue.parts.store.close()
+
+
+def raise_engine_error() -> None:
+    """As an engine that does not start."""
+    raise EngineError("it does not start.")
+
+
+def test_a_result_that_is_taken_when_the_queue_is_anothers_is_left_to_it(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = make_queue(home)
+
+    def accept(*_: object) -> str:
+        queue.parts.leaving.set()  # meanwhile
+        return "ft:base:ann::1"
+
+    monkeypatch.setattr(queue.parts.hand_over, "accept", accept)
+    queue.start()
+    job_id = submit(queue, steps=1)
+    wait_for(lambda: queue.parts.leaving.is_set() and not queue.durable.under_way.jobs)
+    job = get(queue, job_id)
+    assert (job.status, job.fine_tuned_model) == (Status.RUNNING, None)
+    queue.close()
+    queue.parts.store.close()
 
 
 def test_nothing_is_begun_by_who_may_have_lost_the_queue(home: Home) -> None:

@@ -1,6 +1,7 @@
 """The database of jobs: on SQLite, and on a real PostgreSQL; migrations, transactions, changes and pages."""
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -183,12 +184,21 @@ def test_one_owner_of_a_postgresql_at_a_time(postgres: Postgres, home: Home) -> 
     url = postgres.fresh()
     stores = [open_store(home, url) for _ in range(2)]
     first, second = map(Ownership, stores)
-    assert not first.is_sure and first.take() and first.is_sure and first.holds() and not second.take()
-    assert 0 < first.wait_s <= SETTLE_S and not second.is_sure and not second.holds()
+    assert not first.is_sure and first.take() and not second.take()
+    assert first.taken_at + SETTLE_S - time.monotonic() <= first.wait_s + 1e-3 <= SETTLE_S + 1e-3
+    assert first.holds() and first.is_sure and not second.is_sure and not second.holds()
+    first.sign()
     postgres.restart()
-    assert not first.holds() and second.take_again() and first.take_again() is False and not first.is_sure
+    assert not first.holds() and second.take() and first.take_again() is False and not first.is_sure
     second.drop()
-    assert first.take_again() and not second.holds()
+    assert first.take_again() and not second.holds(), "nobody has begun meanwhile"
+    first.drop()
+    assert second.take()
+    second.sign()
+    second.drop()
+    assert first.take_again() is False and not first.is_sure, "another had begun"
+    assert first.take() and first.holds()
+    first.sign()
     postgres.stop()
     assert not first.holds() and first.take_again() is None
     postgres.start()

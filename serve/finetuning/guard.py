@@ -148,7 +148,7 @@ def who(request: Request, key: Key) -> Caller:
     count = int(said[:9]) if said.isascii() and said.isdigit() else 0
     asked = (tenant_of(key), request.method, request.url.path[:LONGEST_PATH], headers.get("content-length", "")[:20])
     is_again = count > 0 and not answers.was_refused((*asked, count))
-    next_try = None if is_again else (*asked, count + 1)
+    next_try = None if is_again or request.method != "POST" else (*asked, count + 1)
     return Caller(key, tenant_of(key), is_again, headers.get("idempotency-key") or None, answers, next_try)
 
 

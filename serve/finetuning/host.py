@@ -16,7 +16,7 @@ and where another server has the queue of this home, its URL. Then this one wait
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI
@@ -28,7 +28,6 @@ from loraport.clients.errors import ConfigError, LoraportError, ResourceError
 from loraport.clients.home import Home
 from loraport.clients.terminal import say
 from loraport.serve.finetuning.options import Options
-from loraport.serve.gateway.access import authenticate
 from loraport.serve.gateway.calls import MARK
 from loraport.serve.gateway.forward import Gateway
 from loraport.serve.gateway.refusals import Refusal
@@ -45,12 +44,13 @@ if TYPE_CHECKING:
     from loraport.serve.finetuning.site import Site
     from loraport.serve.fleet import Fleet
     from loraport.serve.jobs.service import Queue
-    from loraport.serve.jobs.settings import QueueSettings
+    from loraport.serve.pool.placing import Placer
     from loraport.serve.store.ownership import Ownership
     from loraport.serve.store.store import Store
 
 PREFIXES = ("/v1/files", "/v1/uploads", "/v1/fine_tuning", "/v1/webhook_endpoints", "/v1/webhook_event_types")
 AGAIN_S = 5.0
+JOIN_S = 60.0  # for a thread that may wait for a database
 LEAVE_S = 60.0  # that a trainer may take to keep its checkpoint
 STARTING = "Fine-tuning is starting."
 ELSEWHERE = "Another server has the jobs of this database."
@@ -77,6 +77,7 @@ class Host:
         self.ownership: Ownership | None = None
         self.queue: Queue | None = None
         self.webhooks: Webhooks | None = None
+        self.lost: Placer | None = None  # of a queue that is another's now: its engine may still be away
 
     # For `loraport serve`.
 
@@ -123,19 +124,20 @@ class Host:
 
     def rest(self) -> None:
         """Begin no job any more, and have trainers keep their checkpoints, while requests come to their ends."""
-        if self.queue:
+        if self.queue and not self.queue.is_ending:
+            self.say_what_stops(self.queue)
             self.queue.rest()
 
     def stop(self) -> None:
         """Have trainers keep a checkpoint and end, and give the queue back. Twice is fine."""
         self.over.set()
         self.attached.set()
+        self.rest()
         if self.thread.ident is not None:
-            self.thread.join()  # it may just have made the service
+            self.thread.join(JOIN_S)  # it may just have made the service
         self.why_not = Refusal(503, "jobs_stopping", "The endpoint is being stopped.", headers={"Retry-After": "30"})
         self.service = None
         if self.queue:
-            self.say_what_stops()
             self.queue.close()
         if self.webhooks:
             self.webhooks.stop()
@@ -158,10 +160,15 @@ class Host:
 
     async def answer_why_not(self, request: Request) -> Response:
         """No service yet, in words; to who may ask."""
+        from loraport.serve.finetuning.guard import enter
+
         assert self.gateway is not None
         call = request.scope[MARK]
         call.route = "/v1/fine_tuning"
-        call.key = authenticate(request.scope, self.gateway.ring, self.gateway.settings).name
+        caller = enter(request, self.gateway)
+        call.key = caller.key.name
+        if caller.next_try:
+            caller.answers.refuse(caller.next_try)
         raise self.why_not.again()
 
     def find(self) -> "Service":
@@ -205,6 +212,7 @@ class Host:
                 return False
             if not self.ownership.holds():
                 return True
+            self.ownership.sign()
             self.start()
             self.settled.set()
             return self.watch()
@@ -227,6 +235,8 @@ class Host:
 
     def again(self, why: Refusal) -> bool:
         """Wait a moment with that answer; False when the server ends meanwhile."""
+        if self.lost and self.lost.is_away:
+            self.lost.let_back()
         self.why_not = why
         self.tried.set()
         self.looked.set()
@@ -272,6 +282,7 @@ class Host:
                 self.service = None
                 assert self.queue and self.webhooks
                 self.queue.abandon()
+                self.lost = self.queue.parts.placer
                 self.webhooks.stop()
                 self.queue, self.webhooks = None, None
                 return True
@@ -308,7 +319,7 @@ class Host:
             return
         models = Models(store, self.home, live)
         chores: list[Any] = [models.bury_left, *site.chores]
-        settings = queue_settings(self.options)
+        settings = self.options.queue_settings()
         pool, base = site.pool, launch.base.folder
         self.queue = Queue(
             store,
@@ -346,6 +357,8 @@ class Host:
         self.has_begun = True
         gateway.tuned = models
         gateway.figures = page(store, self.options.gpu_price)
+        if self.lost and self.lost.is_away:
+            self.queue.parts.placer.is_away = True  # brought back like any other
         self.queue.start()
         self.webhooks.start()
         self.service = service
@@ -367,25 +380,12 @@ class Host:
                     return None
         return here(self.home, fleet, live.engine, lambda: len(gateway.running))
 
-    def say_what_stops(self) -> None:
+    def say_what_stops(self, queue: "Queue") -> None:
         """Where trainers run, that they are waited for."""
-        from sqlalchemy import func, select
-
-        from loraport.serve.store.tables import Job, Status
-
-        assert self.store is not None
-        with suppress(LoraportError), self.store.read() as session:
-            count = session.scalar(select(func.count()).where(Job.status == Status.RUNNING)) or 0
-            if count:
-                jobs = "a fine-tuning job keeps a checkpoint" if count == 1 else f"{count} jobs keep their checkpoints"
-                say(f"{jobs}; at the next start training goes on from there.")
-
-
-def queue_settings(options: Options) -> "QueueSettings":
-    """What the queue goes by."""
-    from loraport.serve.jobs.settings import QueueSettings
-
-    return QueueSettings(options.per_key, time_limit_s=options.time_limit_s, price_per_gpu_hour=options.gpu_price)
+        count = len(queue.attempts.training)
+        if count:
+            jobs = "a fine-tuning job keeps a checkpoint" if count == 1 else f"{count} jobs keep their checkpoints"
+            say(f"{jobs}; at the next start training goes on from there.")
 
 
 @contextmanager

@@ -7,9 +7,13 @@ Options(policy='wait', window='22:00-06:00', gpu_price=None, private_webhooks=Fa
 import os
 import re
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from loraport.clients.errors import UsageError
+
+if TYPE_CHECKING:
+    from loraport.serve.jobs.settings import QueueSettings
 
 DATABASE_VARIABLE = "LORAPORT_JOBS_DATABASE"
 POLICIES = ("auto", "coexist", "yield", "wait")
@@ -63,6 +67,12 @@ class Options:
             raise UsageError(f"--jobs-ray {ray} is no URL.", "for example --jobs-ray http://head:8265, the dashboard's")
         limit_s = DAY_S if time_limit is None else seconds_of(time_limit)
         return cls(find_database(database), policy, window, gpu_price, private_webhooks, ray, per_key, limit_s)
+
+    def queue_settings(self) -> "QueueSettings":
+        """What the queue goes by."""
+        from loraport.serve.jobs.settings import QueueSettings
+
+        return QueueSettings(self.per_key, time_limit_s=self.time_limit_s, price_per_gpu_hour=self.gpu_price)
 
 
 def seconds_of(time_limit: str) -> float:

@@ -152,7 +152,10 @@ class Loads:
         error, before = done.exception(), self.failed.pop(tuned.served, None)
         if error:
             log.error("%s could not be loaded: %s: %s", tuned.reference, type(error).__name__, error)
-        if isinstance(error, (AdapterError, VerificationError)):
+        # That others beside it answer wrongly is no fault of this one.
+        if isinstance(error, AdapterError) or (
+            isinstance(error, VerificationError) and tuned.reference in error.message
+        ):
             wait_s = min(LONGEST_FAILED_S, 2 * before.wait_s) if before else FAILED_S
             self.failed[tuned.served] = Failed(not_served(tuned, error), wait_s, time.monotonic() + wait_s)
             if len(self.failed) > MOST_FAILED:

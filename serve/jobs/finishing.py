@@ -126,7 +126,7 @@ class Finishing:
                 return
             wait_s = min(LONGEST_S, 2 * wait_s or HAND_OVER_S)
             try:
-                name = self.parts.hand_over.accept(job, trained)
+                name = self.take(job, trained)
             except (AdapterError, VerificationError) as error:
                 self.refuse(job, trained, "verification_failed", error)
                 return
@@ -138,6 +138,14 @@ class Finishing:
             else:
                 self.succeed(job, trained, name)
                 return
+
+    def take(self, job: Job, trained: Trained) -> str:
+        """One try to have a result served. That takes a while: Leaving where the job is another server's by then."""
+        try:
+            return self.parts.hand_over.accept(job, trained)
+        finally:
+            if self.parts.leaving.is_set():
+                raise Leaving
 
     def is_cancelled(self, job_id: str, wait_s: float) -> bool:
         """Wait for so long, and for the engine; whether somebody wants the job to end meanwhile."""

@@ -70,7 +70,7 @@ def estimates(session: Session, price: float | None) -> Iterator[Metric]:
     asked = select(Job.tenant, Job.status, func.sum(Job.estimated_s * Job.gpus)).where(
         Job.status.not_in(ENDED), Job.estimated_s.is_not(None)
     )
-    rows = session.execute(asked.group_by(Job.tenant, Job.status)).tuples().all()
+    rows = session.execute(asked.group_by(Job.tenant, Job.status)).all()
     labels = ["tenant", "status"]
     words = "GPU-seconds that jobs are estimated to need."
     seconds = GaugeMetricFamily("loraport_job_estimated_gpu_seconds", words, labels=labels)

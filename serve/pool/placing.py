@@ -56,7 +56,7 @@ class Placer:
         self.policy, self.window, self.port = policy, window, port
         self.rooms: list[Room] = []
         self.lock = threading.Lock()  # of who suspends or resumes
-        self.is_away = False
+        self.is_away = self.is_over = False
         self.results = 0  # to be handed over
         self.counting = threading.Lock()
         self.returning: threading.Thread | None = None
@@ -103,7 +103,7 @@ class Placer:
     def make_room(self, expected_s: float | None) -> None:
         """Have the engine leave, where jobs have its GPUs; returns when it has. LoraportError where it cannot."""
         with self.lock:
-            if self.is_away or self.may_be_here():
+            if self.is_over or self.is_away or self.may_be_here():
                 return
             self.is_away = True
             try:
@@ -153,8 +153,12 @@ class Placer:
         when_back()
 
     def let_back(self) -> None:
-        """Resume the engine, whatever the tables say of its GPUs: trainers of this server have none any more."""
+        """Resume the engine, whatever the tables say of its GPUs: trainers of this server have none any more.
+
+        From now on it leaves for nobody. Where it could not come back it `is_away` still: to be called again.
+        """
         with self.lock:
+            self.is_over = True
             if not self.is_away:
                 return
             try:

@@ -33,9 +33,10 @@ class HomeLock:
         except BlockingIOError:
             os.close(descriptor)
             return False
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({"url": url, "pid": os.getpid()}).encode(), 0)
         self.descriptor = descriptor
+        with suppress(OSError):  # a disk that is full: others hear less
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps({"url": url, "pid": os.getpid()}).encode(), 0)
         return True
 
     def owner(self) -> str | None:

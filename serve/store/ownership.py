@@ -11,14 +11,16 @@ SQLite is of one home, whose lock file decides; there all of this is always so.
     ...     while ownership.holds(): time.sleep(LOOK_S)
 """
 
+import secrets
 import time
 from contextlib import suppress
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, delete, insert, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from loraport.clients.errors import ResourceError
 from loraport.serve.store.store import Store, database_errors
+from loraport.serve.store.tables import Owner
 
 QUEUE = 0x71756575  # the advisory lock
 LOOK_S = 1.0  # between two looks
@@ -36,6 +38,7 @@ class Ownership:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.is_needed = store.url.drivername != "sqlite"
+        self.token = secrets.token_hex(16)
         self.connection: Connection | None = None
         self.taken_at = self.seen_at = 0.0  # on the monotonic clock
 
@@ -76,15 +79,29 @@ class Ownership:
             self.seen_at = asked_at
         return is_ours
 
-    def take_again(self) -> bool | None:
-        """After it was lost: whether it is ours again; None while the database cannot be asked.
+    def sign(self) -> None:
+        """Write down that this server begins: whoever had the lock before finds out by that."""
+        if self.is_needed:
+            with self.store.begin() as session:
+                session.execute(delete(Owner))
+                session.execute(insert(Owner).values(token=self.token))
 
-        Ours again, what was begun may go on: another server that had it for less than SETTLE_S has begun nothing.
+    def take_again(self) -> bool | None:
+        """After it was lost: whether what was begun may go on; None while the database cannot be asked.
+
+        It may where the lock is ours again and nobody else has begun meanwhile, however long that was.
         """
         try:
-            return self.take()
+            if not self.take():
+                return False
+            with self.store.read() as session:
+                is_same = session.scalars(select(Owner.token)).all() == [self.token]
         except ResourceError:
+            self.drop()
             return None
+        if not is_same:
+            self.seen_at = -FRESH_S  # nothing is begun before what was begun has ended
+        return is_same
 
     @property
     def is_sure(self) -> bool:

@@ -232,6 +232,13 @@ class Lease(Sequenced):
     __table_args__ = (UniqueConstraint("holder", "node", "gpu"),)
 
 
+class Owner(Table):
+    """Which server has begun with the queue of a PostgreSQL: one row (ownership.py)."""
+
+    __tablename__ = "owners"
+    token: Mapped[str] = mapped_column(String(64), primary_key=True)
+
+
 class Webhook(Sequenced):
     """Where a tenant wants to be told. The secret signs (Standard Webhooks), so it is kept as it is.
 

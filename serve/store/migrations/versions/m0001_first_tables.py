@@ -92,6 +92,11 @@ def upgrade() -> None:
     )
     op.create_index(op.f("ix_leases_holder"), "leases", ["holder"], unique=False)
     op.create_table(
+        "owners",
+        sa.Column("token", sa.String(length=64), nullable=False),
+        sa.PrimaryKeyConstraint("token", name=op.f("pk_owners")),
+    )
+    op.create_table(
         "permissions",
         sa.Column("id", sa.String(length=64), nullable=False),
         sa.Column("model", sa.Text(), nullable=False),
